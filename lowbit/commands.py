@@ -1,0 +1,253 @@
+"""What the subcommands of `lowbit` do; each returns (object for --json, text for people)."""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from lowbit import checkpoint, doctor
+from lowbit.errors import InputError
+from lowbit.evaluate import plot, table
+from lowbit.evaluate.fake_quant import to_fake
+from lowbit.evaluate.perplexity import perplexity
+from lowbit.evaluate.size import Size, folder_bytes, size_of
+from lowbit.evaluate.text import manual_text, read_text, tokenize
+from lowbit.files import check_target
+from lowbit.formats import QuantFormat
+from lowbit.models.source import load_source, quant_method
+from lowbit.quantize import quantize, sample_windows
+from lowbit.recipes import Calibration, recipe_named
+
+Result = tuple[dict, str]
+MANUAL = "the Python manual"  # pydoc_data.topics, where no --text is given
+
+
+def device_of(args) -> torch.device:
+    """--device, or CUDA where there is one, else the CPU."""
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device must be 'cpu' or 'cuda', got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device 'cuda' is not available: see `lowbit doctor`")
+    return device
+
+
+def dtype_of(args) -> torch.dtype | None:
+    """--dtype; None (auto) stands for the dtype of the checkpoint."""
+    return None if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def open_model(args):
+    """(model, tokenizer) of MODEL_OR_DIR: a lowbit checkpoint or a full-precision model."""
+    if quant_method(args.model) != "lowbit":
+        model, tokenizer = load_source(args.model, dtype_of(args), args.trust_remote_code)
+        return model.to(device_of(args)), tokenizer
+    model = checkpoint.load(args.model, args.backend, dtype_of(args), device_of(args))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"checkpoint {args.model!r} must hold a tokenizer, got none: pass one to lowbit.save"
+        ) from error
+    return model, tokenizer
+
+
+def run_quantize(args) -> Result:
+    recipe, format = recipe_named(args.recipe), QuantFormat.parse(args.format)
+    recipe = replace(recipe, calibration=Calibration(args.samples, args.length))
+    check_target(args.output, args.overwrite)  # before minutes of work, and again before renaming
+    text = read_text(args.calibration) if args.calibration else None
+    model, tokenizer = load_source(args.model, dtype_of(args), args.trust_remote_code)
+    start = time.perf_counter()
+    model = quantize(model.to(device_of(args)), recipe, format, text, tokenizer, args.seed)
+    seconds = time.perf_counter() - start
+    checkpoint.save(model, args.output, tokenizer, args.overwrite)
+    size, on_disk = size_of(model), folder_bytes(args.output)
+    result = {
+        "model": args.model,
+        "output": args.output,
+        "recipe": recipe.name,
+        "format": format.name,
+        "seconds": seconds,
+        "bytes": {**asdict(size), "disk": on_disk},
+        "report": model.lowbit_config.report,
+    }
+    text = f"{args.model}: {recipe.name}, {format}, {seconds:.0f} s, saved in {args.output}"
+    return result, f"{text}\n{size_text(size, on_disk)}"
+
+
+def size_text(size: Size, on_disk: int) -> str:
+    """Three lines for people."""
+    rows = [
+        ("linears", size.linears, size.linears_bf16),
+        ("whole model", size.model, size.model_bf16),
+        ("on disk", on_disk, size.model_bf16),
+    ]
+    return "\n".join(
+        f"  {name:<12} {packed / 1e6:8.1f} MB   bf16 {bf16 / 1e6:8.1f} MB   "
+        + (f"{packed / bf16:.3f}x" if bf16 else "-")
+        for name, packed, bf16 in rows
+    )
+
+
+def run_eval(args) -> Result:
+    text = read_text(args.text) if args.text else manual_text("evaluation")
+    model, tokenizer = open_model(args)
+    config = getattr(model, "lowbit_config", None)
+    kind = "full precision" if config is None else "packed"
+    if args.fake:
+        if config is None:
+            raise InputError("--fake needs a checkpoint written by lowbit, got a full model")
+        model, kind = to_fake(model), "fake"
+    tokens = tokenize(tokenizer, text)
+    start = time.perf_counter()
+    found = perplexity(model, tokens, args.window, args.limit, progress=kind)
+    result = {
+        "model": args.model,
+        "kind": kind,
+        "recipe": config and config.recipe,
+        "format": config and config.format.name,
+        "backend": args.backend,
+        "text": args.text or MANUAL,
+        "window": found.window,
+        "windows": len(found.window_nll),
+        "tokens": found.tokens,
+        "perplexity": found.perplexity,
+        "standard_error": found.standard_error,
+        "window_nll": found.window_nll,
+        "seconds": time.perf_counter() - start,
+    }
+    name = f"{kind} {config.recipe} {config.format}" if config else kind
+    return result, (
+        f"perplexity {found.perplexity:.4f} +- {found.standard_error:.4f}   ({name}; "
+        f"{result['windows']} windows of {found.window} tokens of {result['text']})"
+    )
+
+
+class TokenBar:
+    """A transformers streamer that counts generated tokens on stderr."""
+
+    def __init__(self, total: int):
+        self.bar = tqdm(total=total, desc="generate", unit="token")
+        self.prompt_seen = False
+
+    def put(self, tokens):
+        if self.prompt_seen:
+            self.bar.update(tokens.numel())
+        self.prompt_seen = True
+
+    def end(self):
+        self.bar.close()
+
+
+def prompt_ids(tokenizer, prompt: str, chat: bool) -> torch.Tensor:
+    """Token ids [1, n] of a prompt, as one turn of a chat if asked for."""
+    if chat:
+        turn = [{"role": "user", "content": prompt}]
+        try:
+            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        except ValueError as error:
+            raise InputError("--chat needs a tokenizer with a chat template, got none") from error
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat, verbose=False)
+    if encoded.input_ids.numel() == 0:
+        raise InputError("prompt must hold at least one token, got an empty one")
+    return encoded.input_ids.long()
+
+
+def generate_text(
+    model, tokenizer, prompt: str, max_new_tokens: int, temperature: float = 0.0, chat: bool = False
+) -> tuple[str, int]:
+    """(completion, number of new tokens); temperature 0 takes the most likely token each time."""
+    if max_new_tokens < 1 or temperature < 0:
+        raise InputError(
+            "max_new_tokens must be at least 1 and temperature at least 0, got "
+            f"{max_new_tokens} and {temperature}"
+        )
+    ids = prompt_ids(tokenizer, prompt, chat).to(model.device)
+    room = model.config.max_position_embeddings - max_new_tokens
+    if ids.shape[1] > room:
+        raise InputError(
+            f"prompt longer than the cache: expected at most {room} tokens (the model's "
+            f"{model.config.max_position_embeddings} less {max_new_tokens} new ones), "
+            f"got {ids.shape[1]}"
+        )
+    sampling = {"temperature": temperature} if temperature else {}
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TokenBar(max_new_tokens),
+        **sampling,
+    )
+    new = out[0, ids.shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+def run_generate(args) -> Result:
+    model, tokenizer = open_model(args)
+    torch.manual_seed(args.seed)
+    start = time.perf_counter()
+    completion, new_tokens = generate_text(
+        model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.chat
+    )
+    result = {
+        "model": args.model,
+        "prompt": args.prompt,
+        "completion": completion,
+        "new_tokens": new_tokens,
+        "seconds": time.perf_counter() - start,
+    }
+    return result, completion if args.chat else args.prompt + completion
+
+
+def run_table(args) -> Result:
+    for name in args.recipe:
+        recipe_named(name)
+    formats = [QuantFormat.parse(name).name for name in args.format]
+    text = read_text(args.text) if args.text else manual_text("evaluation")
+
+    def load_model():
+        model, _ = load_source(args.model, torch.float32, args.trust_remote_code)
+        return model.to(device_of(args))
+
+    _, tokenizer = load_source(args.model, torch.float32, args.trust_remote_code)
+    calibration = read_text(args.calibration) if args.calibration else manual_text("calibration")
+    windows = sample_windows(
+        tokenize(tokenizer, calibration), Calibration(args.samples, args.length), args.seed
+    )
+    tokens = tokenize(tokenizer, text)
+    full, rows = table.table(
+        load_model, tokens, args.recipe, formats, args.window, args.limit, windows, args.seed
+    )
+    result = {"model": args.model, "text": args.text or MANUAL, **table.as_json(full, rows)}
+    return result, table.markdown(full, rows)
+
+
+def run_plot(args) -> Result:
+    recipe_named(args.recipe)
+    text = read_text(args.text) if args.text else manual_text("evaluation")
+    model, tokenizer = load_source(args.model, torch.float32, args.trust_remote_code)
+    tokens = tokenize(tokenizer, text)[None, : args.tokens].to(device_of(args))
+    inputs = plot.before_and_after(model.to(tokens.device), tokens, args.recipe, args.block)
+    Path(args.output).expanduser().parent.mkdir(parents=True, exist_ok=True)
+    title = f"{args.model}, block {args.block}: inputs before and after {args.recipe}"
+    plot.draw(inputs, title, Path(args.output).expanduser())
+    kurtosis = {name: [plot.kurtosis(x) for x in pair] for name, pair in inputs.items()}
+    lines = [
+        f"  {name:<18} kurtosis {before:8.1f} before, {after:5.1f} after"
+        for name, (before, after) in kurtosis.items()
+    ]
+    result = {"model": args.model, "output": args.output, "kurtosis_before_after": kurtosis}
+    return result, "\n".join([f"drawn to {args.output}", *lines])
+
+
+def run_doctor(args) -> Result:
+    result = doctor.report()
+    return result, doctor.text(result)

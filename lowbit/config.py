@@ -1,0 +1,72 @@
+"""LowbitConfig: all a packed model needs to know besides its tensors; saved in config.json."""
+
+from dataclasses import dataclass, field
+
+from lowbit.errors import InputError
+from lowbit.formats import QuantFormat
+from lowbit.transforms.online import OnlineTransform
+
+QUANT_METHOD = "lowbit"
+VERSION = 1  # of the checkpoint: tensor names, canonical layout and this dictionary
+
+
+@dataclass(frozen=True)
+class LowbitConfig:
+    """How a quantized model runs.
+
+    activation_clip, kv_clip  clip ratios of the dynamic quantizers, in (0, 1]
+    input_transforms          linear's name inside its block -> rotation of its input before it is
+                              quantized, e.g. "mlp.down_proj"
+    query_key_transform       rotation of q and k after RoPE; None: none
+    report                    what was done and measured while quantizing; never read back
+    """
+
+    format: QuantFormat
+    recipe: str
+    activation_clip: float = 1.0
+    kv_clip: float = 1.0
+    input_transforms: dict[str, OnlineTransform] = field(default_factory=dict)
+    query_key_transform: OnlineTransform | None = None
+    report: dict = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """JSON-able, under the keys transformers reads first (quant_method)."""
+        query_key = self.query_key_transform
+        return {
+            "quant_method": QUANT_METHOD,
+            "version": VERSION,
+            "layout": "row_major",
+            "format": self.format.name,
+            "recipe": self.recipe,
+            "activation_clip": self.activation_clip,
+            "kv_clip": self.kv_clip,
+            "input_transforms": {k: t.to_dict() for k, t in self.input_transforms.items()},
+            "query_key_transform": query_key and query_key.to_dict(),
+            "report": self.report,
+        }
+
+    @classmethod
+    def from_dict(cls, d: dict) -> "LowbitConfig":
+        """Inverse of to_dict; another method or a newer version is an InputError."""
+        if d.get("quant_method") != QUANT_METHOD:
+            raise InputError(
+                f"quant_method must be {QUANT_METHOD!r}, got {d.get('quant_method')!r}"
+            )
+        if not isinstance(d.get("version"), int) or d["version"] > VERSION:
+            raise InputError(
+                f"checkpoint version must be at most {VERSION}, got {d.get('version')!r}: "
+                "update lowbit to read it"
+            )
+        missing = {"format", "recipe", "activation_clip", "kv_clip", "input_transforms"} - set(d)
+        if missing:
+            raise InputError(f"quantization_config must hold {sorted(missing)}, got {sorted(d)}")
+        query_key = d.get("query_key_transform")
+        return cls(
+            format=QuantFormat.parse(d["format"]),
+            recipe=d["recipe"],
+            activation_clip=d["activation_clip"],
+            kv_clip=d["kv_clip"],
+            input_transforms={k: OnlineTransform(**t) for k, t in d["input_transforms"].items()},
+            query_key_transform=query_key and OnlineTransform(**query_key),
+            report=d.get("report", {}),
+        )

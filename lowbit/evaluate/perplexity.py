@@ -1,0 +1,115 @@
+"""Perplexity over non-overlapping windows, the protocol of the GPTQ tables.
+
+The tokens of a whole text are cut into windows of W; the remainder is dropped. Every window is one
+forward without cache or history, and predicts its own tokens 1 .. W-1:
+
+    nll[i]     = mean over t of -log p(token[t+1] | token[0..t])     of window i
+    perplexity = exp(mean over i of nll[i])
+
+Its level depends on which windows are taken: compare only results on the same ones, and read
+differences against paired_standard_error.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from lowbit.errors import InputError
+
+WINDOW = 2048
+LOGITS_CHUNK = 256  # tokens whose logits exist at once: 256 x 128k fp32 are 131 MB
+
+# Configurations under which logits are more than lm_head(hidden): take the whole forward there.
+LOGIT_MAPS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`window_nll` in nats per token; `tokens` counts the predicted ones."""
+
+    perplexity: float
+    window_nll: list[float]
+    window: int
+    tokens: int
+
+    @property
+    def standard_error(self) -> float:
+        """Of the perplexity, over windows (to first order); nan with one window."""
+        return self.perplexity * _standard_error(self.window_nll)
+
+
+def windows(token_ids: Tensor, window: int = WINDOW, limit: int | None = None) -> Tensor:
+    """[n, window]: all windows of the text, or `limit` of them spread evenly over it."""
+    if window < 2:
+        raise InputError(f"window must be at least 2 tokens, got {window}")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1 window, got {limit}")
+    n = len(token_ids) // window
+    if n == 0:
+        raise InputError(
+            f"text shorter than one window: expected at least {window} tokens, got {len(token_ids)}"
+        )
+    every = torch.as_tensor(token_ids)[: n * window].view(n, window)
+    if limit is None or limit >= n:
+        return every
+    return every[torch.tensor([i * n // limit for i in range(limit)])]
+
+
+@torch.inference_mode()
+def perplexity(
+    model,
+    token_ids: Tensor,
+    window: int = WINDOW,
+    limit: int | None = None,
+    progress: str | None = None,
+) -> Perplexity:
+    """Perplexity of a transformers causal LM; `progress` labels a bar on stderr (None: no bar)."""
+    rows = windows(token_ids, window, limit).to(model.device)
+    nll = []
+    with tqdm(rows, desc=progress, unit="window", disable=progress is None) as bar:
+        for row in bar:
+            nll.append(_window_nll(model, row))
+            bar.set_postfix(ppl=f"{_exp_mean(nll):.3f}")
+    return Perplexity(_exp_mean(nll), nll, window, len(rows) * (window - 1))
+
+
+def paired_standard_error(a: Perplexity, b: Perplexity) -> float:
+    """Of log(a.perplexity / b.perplexity), from the differences window by window."""
+    if len(a.window_nll) != len(b.window_nll) or a.window != b.window:
+        raise InputError(
+            "paired results must be on the same windows, got "
+            f"{len(a.window_nll)} of {a.window} and {len(b.window_nll)} of {b.window}"
+        )
+    return _standard_error([x - y for x, y in zip(a.window_nll, b.window_nll, strict=True)])
+
+
+def _window_nll(model, row: Tensor) -> float:
+    if any(getattr(model.config, name, None) is not None for name in LOGIT_MAPS):
+        logits = model(row[None], use_cache=False).logits[0]
+        head = torch.nn.Identity()
+    else:
+        logits = model.base_model(row[None], use_cache=False).last_hidden_state[0]
+        head = model.get_output_embeddings()
+    total = torch.zeros((), dtype=torch.float64, device=row.device)
+    chunks = zip(logits[:-1].split(LOGITS_CHUNK), row[1:].split(LOGITS_CHUNK), strict=True)
+    for chunk, target in chunks:
+        loss = F.cross_entropy(head(chunk).float(), target, reduction="none")
+        total += loss.double().sum()  # fp64: the sum does not depend on the chunk size
+    return (total / (len(row) - 1)).item()
+
+
+def _exp_mean(nll: list[float]) -> float:
+    mean = math.fsum(nll) / len(nll)
+    return math.inf if mean > 700 else math.exp(mean)  # exp overflows; nan stays nan
+
+
+def _standard_error(values: list[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return math.sqrt(variance / len(values))

@@ -1,0 +1,45 @@
+"""Text to calibrate and to evaluate on: the manual that every Python carries, or a file."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from lowbit.errors import InputError
+
+SPLITS = ("calibration", "evaluation")
+CALIBRATION_SHARE = 0.6  # of the manual's characters; the rest is for evaluation
+
+
+def manual_text(split: str = "evaluation") -> str:
+    """The Python manual's topics (pydoc_data.topics), sorted by name; the splits do not overlap.
+
+    About 465,000 characters of prose. They change a little from one Python to the next, so a
+    perplexity on them is comparable only within one Python version.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split must be one of {SPLITS}, got {split!r}")
+    from pydoc_data.topics import topics  # 700 KB that most imports of lowbit do not need
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    cut = int(len(text) * CALIBRATION_SHARE)
+    return text[:cut] if split == "calibration" else text[cut:]
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file's text; an empty, missing or binary one is an InputError."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise InputError(f"text file {str(path)!r} does not exist")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"text file {str(path)!r} must be UTF-8, got {error}") from None
+    if not text.strip():
+        raise InputError(f"text file {str(path)!r} must hold text, got an empty file")
+    return text
+
+
+def tokenize(tokenizer, text: str) -> Tensor:
+    """Token ids [n] of the whole text, with the special tokens the tokenizer adds by itself."""
+    # verbose=False: a text longer than the model's context is what evaluation expects
+    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]

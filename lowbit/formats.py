@@ -1,0 +1,217 @@
+"""What the bits mean: IntFormat, QuantFormat, Layout, PackedTensor; docs/formats.md draws them.
+
+    value = (code - zero_point) * scale          zero_point = 0 when symmetric
+
+Symmetric codes are two's complement, -2^(b-1) .. 2^(b-1) - 1, with scale = amax / (2^(b-1) - 1).
+Asymmetric codes are unsigned, 0 .. 2^b - 1, with an integer zero_point in the same range.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from lowbit.errors import InputError
+
+PACKED_BITS = (2, 3, 4, 8)  # widths with a dense packing; other widths live in 8-bit containers
+MIN_BITS, MAX_BITS, UNQUANTIZED_BITS = 2, 8, 16
+GROUP_SIZES = (32, 64, 128)
+
+# The smallest positive fp16 number, used as a maximum: a scale is never 0, in fp16 or in fp32.
+MIN_SCALE = 2.0**-24
+
+
+class Layout(str, Enum):
+    """How the codes of one row lie in memory. Only ROW_MAJOR is ever saved."""
+
+    ROW_MAJOR = "row_major"  # packed, code 0 in the lowest bits, uint8
+    BYTES = "bytes"  # one code per byte, int8 (symmetric) or uint8 (asymmetric)
+
+
+@dataclass(frozen=True)
+class IntFormat:
+    """An integer grid of 2..8 bits, one scale per `group_size` elements of a row; None: per row."""
+
+    bits: int
+    symmetric: bool = True
+    group_size: int | None = None
+
+    def __post_init__(self):
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise InputError(f"bits must be in {MIN_BITS}..{MAX_BITS}, got {self.bits}")
+        if self.group_size is not None and self.group_size < 1:
+            raise InputError(f"group_size must be None or positive, got {self.group_size}")
+
+    @property
+    def qmin(self) -> int:
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    @property
+    def storage_bits(self) -> int:
+        """Bits one code takes in ROW_MAJOR: its own width where that packs densely, else 8."""
+        return self.bits if self.bits in PACKED_BITS else 8
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """dtype of a code in the BYTES layout."""
+        return torch.int8 if self.symmetric else torch.uint8
+
+    @property
+    def weight_scale_dtype(self) -> torch.dtype:
+        """Stored dtype of a weight's scales: fp32 for one per output channel, whose bytes do not
+        matter, fp16 for groups."""
+        return torch.float32 if self.group_size is None else torch.float16
+
+    def num_groups(self, K: int) -> int:
+        """Scales per row of K elements; a group size that does not divide K is an InputError."""
+        if self.group_size is None:
+            return 1
+        if K % self.group_size:
+            raise InputError(f"group_size must divide the row length {K}, got {self.group_size}")
+        return K // self.group_size
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A quantized tensor [..., K] and everything needed to read it.
+
+    codes       ROW_MAJOR: uint8 [..., K * storage_bits / 8]; BYTES: int8 or uint8 [..., K]
+    scale       [..., G] fp32 or fp16, G = format.num_groups(K)
+    zero_point  [..., G] uint8, None when symmetric
+    shape       (..., K), the shape of the tensor the codes stand for
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    format: IntFormat
+    layout: Layout
+    shape: torch.Size
+
+    def __post_init__(self):
+        K = self.shape[-1]
+        if self.layout is Layout.ROW_MAJOR and K * self.format.storage_bits % 8:
+            raise InputError(
+                f"a packed row must fill whole bytes, got {K} codes of "
+                f"{self.format.storage_bits} bits"
+            )
+        row = K if self.layout is Layout.BYTES else K * self.format.storage_bits // 8
+        expected = (*self.shape[:-1], row)
+        if tuple(self.codes.shape) != expected:
+            raise InputError(f"codes must have shape {expected}, got {tuple(self.codes.shape)}")
+        groups = (*self.shape[:-1], self.format.num_groups(K))
+        if tuple(self.scale.shape) != groups:
+            raise InputError(f"scale must have shape {groups}, got {tuple(self.scale.shape)}")
+        if (self.zero_point is None) != self.format.symmetric:
+            raise InputError(
+                "zero_point must be None exactly when the format is symmetric, got "
+                f"symmetric={self.format.symmetric} and zero_point {self.zero_point is not None}"
+            )
+        if self.zero_point is not None and self.zero_point.shape != self.scale.shape:
+            raise InputError(
+                f"zero_point must have shape {groups}, got {tuple(self.zero_point.shape)}"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points together."""
+        tensors = (self.codes, self.scale, self.zero_point)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+GRAMMAR = "w<bits>a<bits>[kv<bits>][g<group>][-wasym][-aasym], bits 2..8 or 16, group 32, 64 or 128"
+KNOWN_NAMES = (
+    "w4a4kv4",
+    "w4a8kv4",
+    "w4a4",
+    "w4a8",
+    "w6a6",
+    "w8a8",
+    "w8a8kv8",
+    "w4a16kv4",
+    "w4a16",
+    "w8a16",
+    "w4a16g128",
+    "w3a16g128",
+    "w2a16g128",
+    "w2a16g32",
+)
+_NAME = re.compile(r"w(\d+)a(\d+)(?:kv(\d+))?(?:g(\d+))?(-wasym)?(-aasym)?")
+
+
+@dataclass(frozen=True)
+class QuantFormat:
+    """Formats of a model's linear weights, their inputs and its KV cache; None: left unquantized.
+
+    `parse` and `name` are inverses. Weights: per output channel or per group along K, symmetric
+    unless `-wasym`. Activations: per token, symmetric unless `-aasym`. KV: per token and KV head,
+    one group of head_dim elements, asymmetric.
+    """
+
+    weight: IntFormat | None
+    activation: IntFormat | None = None
+    kv: IntFormat | None = None
+
+    def __post_init__(self):
+        w, a, kv = self.weight, self.activation, self.kv
+        if a is not None and w is None:
+            raise InputError("a format that quantizes activations must quantize weights too")
+        if a is not None and not w.symmetric:
+            raise InputError("-wasym needs 16-bit activations: int_gemm takes symmetric weights")
+        if w is not None and w.group_size not in (None, *GROUP_SIZES):
+            raise InputError(f"group must be one of {GROUP_SIZES}, got {w.group_size}")
+        if a is not None and a.group_size is not None:
+            raise InputError("activations are quantized per token: they have no group size")
+        if kv is not None and (kv.symmetric or kv.group_size is not None):
+            raise InputError("the KV cache is asymmetric, one group per token and head")
+
+    @property
+    def name(self) -> str:
+        w, a, kv = self.weight, self.activation, self.kv
+        bits = [UNQUANTIZED_BITS if f is None else f.bits for f in (w, a)]
+        return (
+            f"w{bits[0]}a{bits[1]}"
+            + ("" if kv is None else f"kv{kv.bits}")
+            + ("" if w is None or w.group_size is None else f"g{w.group_size}")
+            + ("" if w is None or w.symmetric else "-wasym")
+            + ("" if a is None or a.symmetric else "-aasym")
+        )
+
+    @classmethod
+    def parse(cls, name: str) -> "QuantFormat":
+        """The format a name stands for; a name not understood is an InputError with the grammar."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise InputError(_not_understood(name))
+        w, a, kv, group, weight_asym, activation_asym = match.groups()
+        try:
+            result = cls(
+                weight=_int_format(w, not weight_asym, int(group) if group else None),
+                activation=_int_format(a, not activation_asym),
+                kv=_int_format(kv, symmetric=False) if kv else None,
+            )
+        except InputError as error:
+            raise InputError(f"{_not_understood(name)} ({error})") from None
+        if result.name != name:  # kv16, w04 and the like: one format, one name
+            raise InputError(_not_understood(name, nearest=result.name))
+        return result
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _int_format(bits: str, symmetric: bool, group_size: int | None = None) -> IntFormat | None:
+    if int(bits) == UNQUANTIZED_BITS:
+        return None
+    return IntFormat(int(bits), symmetric, group_size)
+
+
+def _not_understood(name: str, nearest: str | None = None) -> str:
+    nearest = nearest or next(iter(difflib.get_close_matches(name, KNOWN_NAMES, 1, 0.0)))
+    return f"unknown format {name!r}: expected {GRAMMAR}; the nearest known name is {nearest!r}"

@@ -1,0 +1,37 @@
+"""The Llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU, optional biases."""
+
+from transformers import PreTrainedConfig
+
+from lowbit.models.spaces import Adapter, Norm, Space
+
+QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
+
+def llama(config: PreTrainedConfig) -> Adapter:
+    """The adapter of one Llama-like configuration."""
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return Adapter(
+        base_path="model",
+        block_path="model.layers",
+        rotary_path="model.rotary_emb",
+        attention="self_attn",
+        mlp="mlp",
+        stages=(QUERY_KEY_VALUE, ("self_attn.o_proj",), GATE_UP, ("mlp.down_proj",)),
+        norms=(Norm("input_layernorm", QUERY_KEY_VALUE), Norm("post_attention_layernorm", GATE_UP)),
+        final_norm=Norm("model.norm", ("lm_head",)),
+        spaces={
+            "residual": Space(
+                config.hidden_size,
+                writers=("self_attn.o_proj", "mlp.down_proj"),
+                readers=QUERY_KEY_VALUE + GATE_UP,
+                embedding="model.embed_tokens",
+                head="lm_head",
+            ),
+            "value": Space(head_dim, writers=("self_attn.v_proj",), readers=("self_attn.o_proj",)),
+            "heads": Space(num_heads, inner=head_dim, readers=("self_attn.o_proj",)),
+            "mlp_hidden": Space(config.intermediate_size, readers=("mlp.down_proj",)),
+            "query_key": Space(head_dim),
+        },
+    )

@@ -1,0 +1,63 @@
+"""What an architecture adapter says: which tensors write and read each space.
+
+Activations are row vectors. A map x -> x R on a space is undone in the tensors around it:
+
+    reader     y = x W^T        becomes  W R^-T      (columns of W carry the space)
+    writer     x = u W^T + b    becomes  R^T W, b R  (rows of W carry the space)
+    embedding  x = E[token]     becomes  E R
+
+Names of tensors are names of modules; inside a block they are relative to the block.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm whose gain folds into the columns of the linears that read it."""
+
+    name: str
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Space:
+    """A place where an invertible map can act on `dim` of the features [..., dim, inner].
+
+    With no writers the map cannot be fused in front of the readers: it stays in the model,
+    online. A space with neither (q and k after RoPE) has maps that cancel by themselves.
+    """
+
+    dim: int
+    inner: int = 1
+    writers: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
+    embedding: str | None = None  # outside the blocks
+    head: str | None = None  # outside the blocks
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One architecture, described; it holds no code of any method.
+
+    stages  linears of a block in the order they run, grouped by the input they share
+    spaces  residual: the stream between blocks
+            value: one KV head's values, shared by all heads
+            heads: the attention output across heads, for each feature of a head
+            mlp_hidden: the input of the last MLP linear
+            query_key: q and k of one head, after RoPE
+    """
+
+    base_path: str
+    block_path: str
+    rotary_path: str
+    attention: str
+    mlp: str
+    stages: tuple[tuple[str, ...], ...]
+    norms: tuple[Norm, ...]
+    final_norm: Norm
+    spaces: dict[str, Space]
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return tuple(name for stage in self.stages for name in stage)

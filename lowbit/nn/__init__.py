@@ -1,0 +1,9 @@
+"""The modules of a packed model; each holds state and calls ops, none does math."""
+
+from lowbit.nn.attention import QuantAttention
+from lowbit.nn.kv_cache import QuantKVCache
+from lowbit.nn.linear import QuantLinear
+from lowbit.nn.mlp import QuantMLP
+from lowbit.nn.swap import set_backend, swap
+
+__all__ = ["QuantAttention", "QuantKVCache", "QuantLinear", "QuantMLP", "set_backend", "swap"]

@@ -1,0 +1,175 @@
+"""QuantAttention: attention over a quantized paged cache, with transformers' signature.
+
+    q, k, v = projections of x
+    q = kv_append(q, k, v)           RoPE, rotation, quantized K and V into the cache
+    y = o_proj(kv_attention(q))      over all that the cache holds
+
+Pads are neither projected, stored nor attended; the output in their place is 0.
+"""
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
+
+from lowbit.errors import InputError
+from lowbit.formats import IntFormat
+from lowbit.nn.kv_cache import QuantKVCache
+from lowbit.nn.linear import check_same_input, rotation_matrix, shared_input
+from lowbit.ops import kv_append, kv_attention
+from lowbit.transforms.online import OnlineTransform
+
+IMPLEMENTATION = "lowbit"  # config._attn_implementation of a model with QuantAttention
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **_kwargs,
+) -> Tensor | None:
+    """The mask QuantAttention takes: [B, kv_length], true for tokens; None where there is no pad.
+
+    transformers calls it with more than it needs.
+    """
+    if mask_function is not causal_mask_function:
+        raise InputError(
+            "quantized attention is causal: packed sequences (position_ids that restart without "
+            "an attention_mask) and custom masks are not supported"
+        )
+    return attention_mask
+
+
+def _not_swapped(*_args, **_kwargs):
+    raise RuntimeError(
+        f"attention implementation {IMPLEMENTATION!r} runs in QuantAttention only: this model's "
+        "attention was not swapped"
+    )
+
+
+AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
+AttentionInterface.register(IMPLEMENTATION, _not_swapped)
+
+
+class QuantAttention(nn.Module):
+    """Stands in for LlamaAttention and keeps its names, over projections of any kind."""
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        kv: IntFormat,
+        clip: float = 1.0,
+        transform: OnlineTransform | None = None,
+    ):
+        super().__init__()
+        _check_plain(attention)
+        head_dim = attention.head_dim
+        if transform is not None and (transform.order, transform.inner) != (head_dim, 1):
+            raise InputError(
+                f"the rotation of q and k must have order {head_dim} (head_dim) and inner 1, got "
+                f"order {transform.order} and inner {transform.inner}"
+            )
+        self.config, self.layer_idx = attention.config, attention.layer_idx
+        self.head_dim, self.scaling = head_dim, attention.scaling
+        self.num_kv_heads = attention.config.num_key_value_heads
+        self.kv, self.clip, self.transform = kv, clip, transform
+        self.replaced = type(attention)
+        for name in PROJECTIONS:
+            setattr(self, name, getattr(attention, name))
+        check_same_input("attention", self.q_proj, self.k_proj, self.v_proj)
+        self.backend: str | None = None
+        self.train(attention.training)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: QuantKVCache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        _check_call(attention_mask, past_key_values, self.kv, kwargs)
+        batch, columns, _ = hidden_states.shape
+        cache, layer = past_key_values, self.layer_idx
+        if cache is None:  # K and V are quantized all the same, for this call
+            cache, layer = self._single_use_cache(columns), 0
+        step, pages = cache.step(layer, batch, columns, attention_mask, hidden_states.device)
+
+        x = hidden_states.flatten(0, 1)
+        cos, sin = (t.expand(batch, -1, -1).flatten(0, 1) for t in position_embeddings)
+        if step.tokens is not None:
+            x, cos, sin = (t[step.tokens] for t in (x, cos, sin))
+        x = shared_input(self.q_proj, x)
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        rotate = self.transform is not None
+        matrix = rotation_matrix(self.transform, q.device) if rotate else None
+        q = kv_append(
+            q, k, v, cos, sin, step.slot, pages, rotate, matrix, self.clip, backend=self.backend
+        )
+        out = kv_attention(
+            q,
+            pages,
+            step.block_table,
+            step.seq_lens,
+            step.query_start,
+            self.scaling,
+            backend=self.backend,
+        )
+        out = self.o_proj(out.flatten(1))
+        if step.tokens is not None:
+            padded = out.new_zeros(batch * columns, out.shape[-1])
+            padded[step.tokens] = out
+            out = padded
+        return out.view(batch, columns, -1), None
+
+    def _single_use_cache(self, columns: int) -> QuantKVCache:
+        return QuantKVCache(
+            kv=self.kv,
+            num_layers=1,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            max_length=columns,
+        )
+
+
+def _check_call(mask: Tensor | None, cache, kv: IntFormat, kwargs: dict):
+    if mask is not None and mask.dim() != 2:
+        raise InputError(
+            f"attention_mask must be None or [batch, length], got shape {tuple(mask.shape)}: "
+            "quantized attention is causal and takes no other mask"
+        )
+    if cache is not None and not isinstance(cache, QuantKVCache):
+        raise InputError(
+            f"past_key_values must be a QuantKVCache or None, got {type(cache).__name__}"
+        )
+    if cache is not None and cache.kv != kv:
+        raise InputError(f"past_key_values must hold {kv}, got {cache.kv}")
+    if kwargs.get("output_attentions"):
+        raise InputError("output_attentions is not supported: quantized attention keeps no scores")
+
+
+def _check_plain(attention: nn.Module):
+    """Refuse what this module would silently leave out."""
+    kind, config = type(attention).__name__, attention.config
+    children = dict(attention.named_children())
+    missing = [name for name in PROJECTIONS if name not in children]
+    if missing:
+        raise InputError(f"{kind} must have {', '.join(PROJECTIONS)}, got none named {missing}")
+    extra = [name for name, _ in attention.named_parameters(recurse=False)]
+    extra += [
+        name
+        for name, child in children.items()
+        if name not in PROJECTIONS and ("norm" in name or any(True for _ in child.parameters()))
+    ]
+    for name in ("sliding_window", "attn_logit_softcapping", "attention_chunk_size"):
+        if getattr(attention, name, None) or getattr(config, name, None):
+            extra.append(name)
+    if extra:
+        raise InputError(
+            f"quantized KV supports plain causal attention, got {kind} with {sorted(extra)}"
+        )

@@ -1,0 +1,190 @@
+"""QuantLinear: packed weights, and where the recipe says so quantized and rotated inputs.
+
+    y = int_gemm(quantize(rotate(x)), W) + bias      activation_format given
+    y = weight_only_gemm(rotate(x), W) + bias        activation_format None
+
+State dict: codes, scale, zero_point (asymmetric weights only), bias; canonical layout.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import InputError
+from lowbit.formats import IntFormat, Layout, PackedTensor
+from lowbit.ops import hadamard, hadamard_quant, int_gemm, quantize, to_layout, weight_only_gemm
+from lowbit.transforms.online import OnlineTransform
+
+
+@cache
+def rotation_matrix(transform: OnlineTransform, device: torch.device) -> Tensor | None:
+    """transform.matrix on `device`, shared by all layers: it is neither saved nor moved."""
+    matrix = transform.matrix
+    return None if matrix is None else matrix.to(device)
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter that is saved and moved with its module, and never trained."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class QuantLinear(nn.Module):
+    """A linear layer over a PackedTensor; `dtype` is that of its output for a quantized input."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        weight_format: IntFormat,
+        activation_format: IntFormat | None = None,
+        *,
+        bias: bool = False,
+        activation_clip: float = 1.0,
+        transform: OnlineTransform | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        if transform is not None and in_features % (transform.order * transform.inner):
+            raise InputError(
+                f"the input rotation must divide in_features {in_features}, got order "
+                f"{transform.order} x inner {transform.inner}"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_format, self.activation_format = weight_format, activation_format
+        self.activation_clip, self.transform = activation_clip, transform
+        self.dtype = dtype
+        self.backend: str | None = None
+
+        groups = weight_format.num_groups(in_features)
+        row_bytes = in_features * weight_format.storage_bits // 8
+
+        def empty(width: int, dtype: torch.dtype) -> nn.Parameter:
+            return frozen(torch.empty(out_features, width, dtype=dtype, device=device))
+
+        self.codes = empty(row_bytes, torch.uint8)
+        self.scale = empty(groups, weight_format.weight_scale_dtype)
+        self.zero_point = None if weight_format.symmetric else empty(groups, torch.uint8)
+        self.bias = frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    @classmethod
+    def from_packed(
+        cls,
+        weight: PackedTensor,
+        bias: Tensor | None = None,
+        activation_format: IntFormat | None = None,
+        activation_clip: float = 1.0,
+        transform: OnlineTransform | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "QuantLinear":
+        """The module of a packed weight [out_features, in_features]."""
+        out_features, in_features = weight.shape
+        module = cls(
+            in_features,
+            out_features,
+            weight.format,
+            activation_format,
+            bias=bias is not None,
+            activation_clip=activation_clip,
+            transform=transform,
+            dtype=dtype,
+            device=weight.codes.device,
+        )
+        module.assign(weight)
+        if bias is not None:
+            module.bias = frozen(bias.detach().to(dtype))
+        return module
+
+    def assign(self, weight: PackedTensor):
+        """Take over the tensors of `weight`, which must be what this module was built for."""
+        weight = to_layout(weight, Layout.ROW_MAJOR, self.backend)
+        expected = (self.weight_format, (self.out_features, self.in_features), self.scale.dtype)
+        got = (weight.format, tuple(weight.shape), weight.scale.dtype)
+        if got != expected:
+            raise InputError(f"packed weight must be {expected}, got {got}")
+        self.codes, self.scale = frozen(weight.codes), frozen(weight.scale)
+        if weight.zero_point is not None:
+            self.zero_point = frozen(weight.zero_point)
+
+    @property
+    def packed_weight(self) -> PackedTensor:
+        shape = torch.Size((self.out_features, self.in_features))
+        return PackedTensor(
+            self.codes, self.scale, self.zero_point, self.weight_format, Layout.ROW_MAJOR, shape
+        )
+
+    def quantize_input(self, x: Tensor) -> PackedTensor:
+        """x, rotated and quantized; linears that read the same input may share the result."""
+        if self.activation_format is None:
+            raise ValueError("quantize_input needs an activation_format: this layer is weight-only")
+        if self.transform is None:
+            return quantize(x, self.activation_format, self.activation_clip, backend=self.backend)
+        return hadamard_quant(
+            x,
+            self.activation_format,
+            self.transform.order,
+            self.transform.inner,
+            rotation_matrix(self.transform, x.device),
+            self.activation_clip,
+            backend=self.backend,
+        )
+
+    def forward(self, x: Tensor | PackedTensor) -> Tensor:
+        if isinstance(x, PackedTensor):
+            return int_gemm(x, self.packed_weight, self.bias, self.dtype, backend=self.backend)
+        if self.activation_format is not None:
+            packed = self.quantize_input(x)
+            return int_gemm(packed, self.packed_weight, self.bias, x.dtype, backend=self.backend)
+        if self.transform is not None:
+            matrix = rotation_matrix(self.transform, x.device)
+            order, inner = self.transform.order, self.transform.inner
+            x = hadamard(x, order, inner, matrix, backend=self.backend)
+        return weight_only_gemm(x, self.packed_weight, self.bias, backend=self.backend)
+
+    def _apply(self, fn, recurse=True):
+        """model.to(dtype) changes what the layer computes in, never the scales it was given."""
+        scale = self.scale.detach()  # what self.scale.data was, also after it is replaced
+        super()._apply(fn, recurse)
+        if self.scale.dtype != scale.dtype:
+            self.scale.data = scale.to(self.codes.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        activation = self.activation_format
+        parts = [
+            f"in_features={self.in_features}, out_features={self.out_features}",
+            f"bias={self.bias is not None}, weight={_describe(self.weight_format)}",
+            f"activation={'float' if activation is None else _describe(activation)}",
+        ]
+        if self.transform is not None:
+            t = self.transform
+            parts.append(f"rotation={t.kind}(order={t.order}, inner={t.inner})")
+        return ", ".join(parts)
+
+
+def _describe(grid: IntFormat) -> str:
+    group = "" if grid.group_size is None else f"g{grid.group_size}"
+    return f"int{grid.bits}{group}{'' if grid.symmetric else '-asym'}"
+
+
+def shared_input(linear: nn.Module, x: Tensor) -> Tensor | PackedTensor:
+    """What linears that read x take: x quantized once, where `linear`, one of them, does so."""
+    if isinstance(linear, QuantLinear) and linear.activation_format is not None:
+        return linear.quantize_input(x)
+    return x
+
+
+def check_same_input(block_part: str, *linears: nn.Module):
+    """Linears that share a quantized input must agree on how it is rotated and quantized."""
+    grids = {
+        (m.activation_format, m.activation_clip, m.transform)
+        for m in linears
+        if isinstance(m, QuantLinear)
+    }
+    if len(grids) > 1:
+        raise InputError(
+            f"linears of the {block_part} that share an input must rotate and quantize it "
+            f"alike, got {sorted(map(str, grids))}"
+        )

@@ -1,0 +1,132 @@
+"""swap: put the quantized modules of a LowbitConfig into a transformers model, in place."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from lowbit.config import LowbitConfig
+from lowbit.errors import InputError
+from lowbit.models.spaces import Adapter
+from lowbit.nn.attention import IMPLEMENTATION, QuantAttention
+from lowbit.nn.kv_cache import QuantKVCache
+from lowbit.nn.linear import QuantLinear, frozen
+from lowbit.nn.mlp import QuantMLP
+from lowbit.ops.dispatch import BACKENDS
+from lowbit.transforms.online import OnlineTransform
+
+
+def swap(model: PreTrainedModel, adapter: Adapter, config: LowbitConfig) -> PreTrainedModel:
+    """Replace linears, MLPs and attention of every block by what `config` says; on any device.
+
+    Codes and scales of new QuantLinears are empty: fill them with `assign` or load_state_dict.
+    Biases are kept. A QuantLinear that is there already stays.
+    """
+    quantized = config.format
+    if getattr(model, "lowbit_config", None) is not None:
+        raise InputError(f"model must not be quantized yet, got {model.lowbit_config.format}")
+    unknown = sorted(set(config.input_transforms) - set(adapter.linears))
+    if unknown or (config.input_transforms and quantized.weight is None):
+        raise InputError(
+            f"input_transforms must name quantized linears of a block, got "
+            f"{unknown or sorted(config.input_transforms)} with format {quantized}"
+        )
+    for block in model.get_submodule(adapter.block_path):
+        if quantized.weight is not None:
+            device = next(block.parameters()).device
+            for name in adapter.linears:
+                linear = _quant_linear(
+                    block.get_submodule(name),
+                    config,
+                    config.input_transforms.get(name),
+                    model.dtype,
+                    device,
+                )
+                block.set_submodule(name, linear)
+        if quantized.activation is not None:
+            mlp = QuantMLP.from_mlp(block.get_submodule(adapter.mlp), model.config.hidden_act)
+            block.set_submodule(adapter.mlp, mlp)
+        if quantized.kv is not None:
+            attention = QuantAttention(
+                block.get_submodule(adapter.attention),
+                quantized.kv,
+                config.kv_clip,
+                config.query_key_transform,
+            )
+            block.set_submodule(adapter.attention, attention)
+    if quantized.kv is not None:
+        model.set_attn_implementation(IMPLEMENTATION)
+        base = model.get_submodule(adapter.base_path)
+        base.lowbit_kv = quantized.kv
+        base.lowbit_cache_hook = base.register_forward_pre_hook(use_quant_cache, with_kwargs=True)
+    model.lowbit_config = config
+    return model
+
+
+def _quant_linear(
+    linear: nn.Module,
+    config: LowbitConfig,
+    transform: OnlineTransform | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> QuantLinear:
+    """Of the shape of `linear`, whose own weight may be gone already."""
+    if isinstance(linear, QuantLinear):
+        return linear
+    module = QuantLinear(
+        linear.in_features,
+        linear.out_features,
+        config.format.weight,
+        config.format.activation,
+        bias=linear.bias is not None,
+        activation_clip=config.activation_clip,
+        transform=transform,
+        dtype=dtype,
+        device=device,
+    )
+    if linear.bias is not None:
+        module.bias = frozen(linear.bias.detach())
+    return module.train(linear.training)
+
+
+def set_backend(model: nn.Module, backend: str | None):
+    """Name the backend every quantized module runs its ops on; None: the first that can."""
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+    for module in model.modules():
+        if isinstance(module, (QuantLinear, QuantMLP, QuantAttention)):
+            module.backend = backend
+
+
+def use_quant_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of the base model: the cache it is given, or makes, holds quantized KV."""
+    caches = [a for a in (*args, *kwargs.values()) if isinstance(a, Cache)]
+    for cache in caches:
+        _make_quantized(cache, module)
+    use_cache = kwargs.get("use_cache")
+    if not caches and (module.config.use_cache if use_cache is None else use_cache):
+        kwargs = {**kwargs, "past_key_values": QuantKVCache(module.config, module.lowbit_kv)}
+    return args, kwargs
+
+
+def _make_quantized(cache: Cache, module: nn.Module):
+    """An empty DynamicCache becomes a QuantKVCache, in place: generate() and callers that made it
+    keep their reference, and must find the tokens there in the next call."""
+    if isinstance(cache, QuantKVCache):
+        if not cache.is_whole:
+            raise InputError(
+                "past_key_values was left by a forward that did not end: reset() it and start over"
+            )
+        return
+    if type(cache) is not DynamicCache or cache.offloading:
+        raise InputError(
+            "past_key_values must be a QuantKVCache or an empty DynamicCache that is not "
+            f"offloaded, got {type(cache).__name__}"
+        )
+    if cache.get_seq_length() > 0:
+        raise InputError(
+            "past_key_values must be quantized from its first token on, got a DynamicCache that "
+            f"holds {cache.get_seq_length()} tokens: start from an empty cache"
+        )
+    cache.__class__ = QuantKVCache
+    cache.__init__(module.config, module.lowbit_kv)

@@ -1,0 +1,92 @@
+"""One dispatcher for every op: contract check, choice of backend with reasons, torch.library.
+
+`backend=None` takes the first backend that can run the call; a named backend runs or raises, it
+never falls back; if none can, the error lists each reason.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+BACKENDS = ("cuda", "triton", "reference")  # in order of preference
+NAMESPACE = "lowbit"
+_CONSTANT = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+OPS: dict[str, "Op"] = {}  # every op by its torch.library name, filled as lowbit.ops is imported
+
+
+class NoBackendError(RuntimeError):
+    """No backend, or not the one asked for, can run a call; the message lists the reasons."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`why_not(*args)` is None when the backend can run the call, else the reason it cannot."""
+
+    why_not: Callable[..., str | None]
+    target: str | None = None  # "module:function", imported at first use
+
+    def load(self) -> Callable:
+        module, function = self.target.split(":")
+        return getattr(importlib.import_module(module), function)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: its `reference` is its meaning and its signature is the schema.
+
+    check      (*args) -> None; raises ValueError from shapes and dtypes alone, never reads data
+    reference  (*args) -> tensors, plain PyTorch, any device
+    fake       (*args) -> empty tensors of the shapes, dtypes and device the op returns
+    """
+
+    name: str
+    check: Callable[..., None]
+    reference: Callable
+    fake: Callable
+    backends: dict[str, Backend] = field(default_factory=dict)
+    mutates_args: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        schema = torch.library.infer_schema(self.reference, mutates_args=self.mutates_args)
+        arguments, returns = schema.split(") -> ")
+        qualified = f"{NAMESPACE}::{self.name}"
+        torch.library.define(qualified, f"{arguments}, *, str? backend=None) -> {returns}")
+        torch.library.impl(qualified, "default", self._run)
+        torch.library.register_fake(qualified, self._fake)
+        OPS[self.name] = self
+
+    def __call__(self, *args, backend: str | None = None):
+        return getattr(torch.ops.lowbit, self.name)(*args, backend=backend)
+
+    def reasons(self, *args) -> dict[str, str | None]:
+        """backend -> why it cannot run this call, None for one that can, in order of preference."""
+        reasons = {}
+        for name in BACKENDS:
+            if name == "reference":
+                reasons[name] = None
+            elif name in self.backends:
+                reasons[name] = self.backends[name].why_not(*args)
+        return reasons
+
+    def _run(self, *args, backend: str | None = None):
+        self.check(*args)
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"{self.name}: backend must be one of {BACKENDS}, got {backend!r}")
+        reasons = self.reasons(*args)
+        for name, reason in reasons.items():
+            if backend in (None, name) and reason is None:
+                run = self.reference if name == "reference" else self.backends[name].load()
+                return run(*args)
+        asked = (
+            "no backend can" if backend is None else f"backend {backend!r} was asked for and cannot"
+        )
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items() if reason)
+        raise NoBackendError(f"{self.name}: {asked} run this call\n{listed}")
+
+    def _fake(self, *args, backend: str | None = None):
+        # Bits, orders and clips that a trace made symbolic are constants of a call; sizes are not.
+        args = [_CONSTANT[type(a)](a) if type(a) in _CONSTANT else a for a in args]
+        self.check(*args)
+        return self.fake(*args)

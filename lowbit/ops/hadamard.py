@@ -1,0 +1,107 @@
+"""hadamard: x (I (x) R (x) I_inner), a rotation of every row, full or block-diagonal.
+
+    y[..., a, j, i] = sum_k x[..., a, k, i] R[k, j]     x, y viewed as [..., A, order, inner]
+
+R = H / sqrt(order), H = lowbit.hadamard.hadamard_matrix(order), or `matrix` as it is given. fp32
+arithmetic (fp64 for fp64 x): H is applied factor by factor, the product is multiplied once by
+1 / sqrt(order), and narrowed once to x's dtype, where a value out of range becomes inf.
+
+    x       [..., K]        fp64, fp32, fp16 or bf16, K = A * order * inner
+    y       [..., K]        x's dtype
+    order   >= 1            an order that lowbit.hadamard builds, or any with a matrix
+    inner   >= 1            distance between the elements of x that R mixes
+    matrix  [order, order]  floating point, orthogonal if y is to keep x's norm
+"""
+
+import math
+
+from torch import Tensor
+
+from lowbit.hadamard import factorize, hadamard_matrix
+from lowbit.ops.dispatch import Backend, Op
+from lowbit.ops.quantize import check_float, compute_dtype
+
+# Sylvester matrices up to 2^7 are applied as one dense product: at these sizes more operations run
+# faster than more passes over memory.
+_LARGEST_DENSE_LOG2 = 7
+
+
+def check_rotation(op: str, x: Tensor, order: int, inner: int, matrix: Tensor | None):
+    """The checks every op that rotates rows shares."""
+    if order < 1 or inner < 1 or x.shape[-1] % (order * inner):
+        raise ValueError(
+            f"{op}: order * inner must divide the row length {x.shape[-1]}, "
+            f"got order {order} and inner {inner}"
+        )
+    if matrix is None:
+        factorize(order)  # raises HadamardOrderError
+    elif tuple(matrix.shape) != (order, order) or not matrix.is_floating_point():
+        raise ValueError(
+            f"{op}: matrix must be floating point [{order}, {order}], "
+            f"got {matrix.dtype} of shape {tuple(matrix.shape)}"
+        )
+
+
+def _check(x: Tensor, order: int, inner: int, matrix: Tensor | None):
+    check_float("hadamard", "x", x)
+    check_rotation("hadamard", x, order, inner, matrix)
+
+
+def _dense_factors(order: int) -> list[int]:
+    """factorize(order) with a large power of two split into equal or nearly equal ones."""
+    *factors, last = factorize(order)
+    log2 = last.bit_length() - 1
+    if last != 1 << log2:
+        return [*factors, last]
+    parts = max(1, math.ceil(log2 / _LARGEST_DENSE_LOG2))
+    return [*factors, *(1 << (log2 + i) // parts for i in range(parts))]
+
+
+def _apply(x: Tensor, matrix: Tensor, inner: int) -> Tensor:
+    """x (I (x) matrix (x) I_inner), x of any shape with order * inner dividing its last dim."""
+    if inner == 1:
+        return (x.reshape(-1, len(matrix)) @ matrix).view(x.shape)
+    return (matrix.T @ x.reshape(-1, len(matrix), inner)).view(x.shape)
+
+
+def _reference(x: Tensor, order: int, inner: int, matrix: Tensor | None) -> Tensor:
+    y = x.to(compute_dtype(x))
+    if matrix is not None:
+        return _apply(y, matrix.to(y.dtype), inner).to(x.dtype)
+    for factor in reversed(_dense_factors(order)):
+        y = _apply(y, hadamard_matrix(factor).to(y), inner)
+        inner *= factor
+    return y.mul_(1 / math.sqrt(order)).to(x.dtype)
+
+
+def _fake(x: Tensor, order: int, inner: int, matrix: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _why_not_triton(*_args) -> str:
+    return "no Triton kernel for hadamard yet"
+
+
+def _why_not_cuda(*_args) -> str:
+    return "no CUDA kernel for hadamard yet"
+
+
+HADAMARD = Op(
+    name="hadamard",
+    check=_check,
+    reference=_reference,
+    fake=_fake,
+    backends={"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)},
+)
+
+
+def hadamard(
+    x: Tensor,
+    order: int | None = None,
+    inner: int = 1,
+    matrix: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """x rotated; order None: the whole row. The contract is this module's docstring."""
+    order = x.shape[-1] // inner if order is None else order
+    return HADAMARD(x, order, inner, matrix, backend=backend)

@@ -1,0 +1,106 @@
+"""hadamard_quant: rotate every row as hadamard does, then quantize it per token, in one pass.
+
+    y = hadamard(x, order, inner, matrix)            fp32 (fp64 for fp64 x), not narrowed
+    codes, scale, zero_point = quantize(y)           one fp32 scale per row
+
+The two contracts are in hadamard.py and quantize.py; only the narrowing between them is left out.
+
+    x           [..., K]        fp64, fp32, fp16 or bf16; order, inner, matrix as in hadamard
+    codes       [..., K * storage_bits / 8] uint8 when packed, else [..., K] int8 or uint8
+    scale       [..., 1]        fp32
+    zero_point  [..., 1]        uint8; empty [0] when symmetric
+"""
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import IntFormat, Layout, PackedTensor
+from lowbit.ops.dispatch import Backend, Op
+from lowbit.ops.hadamard import HADAMARD, check_rotation
+from lowbit.ops.quantize import (
+    QUANTIZE,
+    as_packed_tensor,
+    check_float,
+    check_grid,
+    check_per_token,
+    compute_dtype,
+)
+
+
+def _check(
+    x: Tensor,
+    order: int,
+    inner: int,
+    matrix: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    clip: float,
+    packed: bool,
+):
+    check_float("hadamard_quant", "x", x)
+    check_rotation("hadamard_quant", x, order, inner, matrix)
+    check_grid("hadamard_quant", x.shape[-1], bits, clip, packed)
+
+
+def _reference(
+    x: Tensor,
+    order: int,
+    inner: int,
+    matrix: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    clip: float,
+    packed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = HADAMARD.reference(x.to(compute_dtype(x)), order, inner, matrix)
+    return QUANTIZE.reference(y, bits, 0, symmetric, clip, packed, torch.float32)
+
+
+def _fake(
+    x: Tensor,
+    order: int,
+    inner: int,
+    matrix: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    clip: float,
+    packed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return QUANTIZE.fake(x, bits, 0, symmetric, clip, packed, torch.float32)
+
+
+def _why_not_triton(*_args) -> str:
+    return "no Triton kernel for hadamard_quant yet"
+
+
+def _why_not_cuda(*_args) -> str:
+    return "no CUDA kernel for hadamard_quant yet"
+
+
+HADAMARD_QUANT = Op(
+    name="hadamard_quant",
+    check=_check,
+    reference=_reference,
+    fake=_fake,
+    backends={"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)},
+)
+
+
+def hadamard_quant(
+    x: Tensor,
+    format: IntFormat,
+    order: int | None = None,
+    inner: int = 1,
+    matrix: Tensor | None = None,
+    clip: float = 1.0,
+    layout: Layout = Layout.BYTES,
+    backend: str | None = None,
+) -> PackedTensor:
+    """x rotated and quantized; order None: the whole row. The contract is this module's."""
+    check_per_token("hadamard_quant", format)
+    order = x.shape[-1] // inner if order is None else order
+    packed = layout is Layout.ROW_MAJOR
+    outputs = HADAMARD_QUANT(
+        x, order, inner, matrix, format.bits, format.symmetric, clip, packed, backend=backend
+    )
+    return as_packed_tensor(*outputs, format, layout, x.shape)

@@ -1,0 +1,243 @@
+"""int_gemm: integer codes x integer codes -> scaled floats, a linear layer with quantized input.
+
+    acc[m, n, g] = sum over k in group g of (x_code[m, k] - x_zero[m]) * w_code[n, k]      int32
+    y[m, n]      = (sum over g of acc[m, n, g] * w_scale[n, g]) * x_scale[m] + bias[n]     fp32
+
+acc is exact. y is fp32 arithmetic, groups added in ascending order, and is narrowed to out_dtype
+once. Weights are symmetric; x_zero is 0 for symmetric activations.
+
+    x_codes       [M, K]             int8 (symmetric) or uint8 (asymmetric) codes of x_bits, or
+                  [M, K * sb / 8]    uint8 when x_packed, sb = storage bits of x_bits
+    x_scale       [M, 1]             fp32
+    x_zero_point  [M, 1]             uint8; None: symmetric
+    w_codes       [N, K * sb / 8]    uint8, ROW_MAJOR, symmetric codes of w_bits (docs/formats.md)
+    w_scale       [N, G]             fp32 or fp16, G = K / group_size; 1: per output channel
+    bias          [N]                any float, or None
+    y             [M, N]             out_dtype: fp32, fp16 or bf16
+    bits          2..8 on both sides
+
+acc must not overflow: K / G * 2^(w_bits - 1) * X <= 2^31 - 1, where X = 2^(x_bits - 1) for
+symmetric and 2^x_bits - 1 for asymmetric activations. At 8 x 8 bits that is K / G <= 131071 and
+65793. y overflows to inf as its dtype does.
+"""
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import MAX_BITS, MIN_BITS, IntFormat, Layout, PackedTensor
+from lowbit.ops.dispatch import Backend, Op
+from lowbit.ops.pack import UNPACK
+from lowbit.ops.quantize import SCALE_DTYPES, check_float
+
+OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_ACC = 2**31 - 1
+ROW_CHUNK = 512  # rows at a time in the reference: their sums stay in the CPU's cache
+
+
+def check_weight(op: str, K: int, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, bits: int):
+    """The checks of a ROW_MAJOR weight [N, K] that every GEMM shares."""
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"{op}: w_bits must be in {MIN_BITS}..{MAX_BITS}, got {bits}")
+    row_bits = K * IntFormat(bits).storage_bits
+    if w_codes.dtype != torch.uint8 or w_codes.dim() != 2 or w_codes.shape[1] * 8 != row_bits:
+        raise ValueError(
+            f"{op}: w_codes must be uint8 [N, {row_bits / 8:g}] for K = {K} and {bits} bits, "
+            f"got {w_codes.dtype} {tuple(w_codes.shape)}"
+        )
+    N = w_codes.shape[0]
+    if w_scale.dtype not in SCALE_DTYPES:
+        raise ValueError(f"{op}: w_scale must be fp32 or fp16, got {w_scale.dtype}")
+    if w_scale.dim() != 2 or w_scale.shape[0] != N or not w_scale.shape[1] or K % w_scale.shape[1]:
+        raise ValueError(
+            f"{op}: w_scale must have shape [{N}, G] with G dividing {K}, "
+            f"got {tuple(w_scale.shape)}"
+        )
+    if bias is not None:
+        check_float(op, "bias", bias)
+        if bias.shape != (N,):
+            raise ValueError(f"{op}: bias must have shape [{N}], got {tuple(bias.shape)}")
+
+
+def _check(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_bits: int,
+    x_packed: bool,
+    w_bits: int,
+    out_dtype: torch.dtype,
+):
+    if not MIN_BITS <= x_bits <= MAX_BITS:
+        raise ValueError(f"int_gemm: x_bits must be in {MIN_BITS}..{MAX_BITS}, got {x_bits}")
+    grid = IntFormat(x_bits, symmetric=x_zero_point is None)
+    code_dtype = torch.uint8 if x_packed else grid.code_dtype
+    if x_codes.dtype != code_dtype or x_codes.dim() != 2:
+        raise ValueError(
+            f"int_gemm: x_codes must be {code_dtype} [M, K] (packed={x_packed}, "
+            f"symmetric={grid.symmetric}), got {x_codes.dtype} {tuple(x_codes.shape)}"
+        )
+    M, row = x_codes.shape
+    if x_scale.dtype != torch.float32 or x_scale.shape != (M, 1):
+        raise ValueError(
+            f"int_gemm: x_scale must be fp32 [{M}, 1], got {x_scale.dtype} {tuple(x_scale.shape)}"
+        )
+    if x_zero_point is not None and (
+        x_zero_point.dtype != torch.uint8 or x_zero_point.shape != (M, 1)
+    ):
+        raise ValueError(
+            f"int_gemm: x_zero_point must be uint8 [{M}, 1], "
+            f"got {x_zero_point.dtype} {tuple(x_zero_point.shape)}"
+        )
+    K = row * 8 // grid.storage_bits if x_packed else row
+    check_weight("int_gemm", K, w_codes, w_scale, bias, w_bits)
+    largest = _largest_centered(grid) * -IntFormat(w_bits).qmin
+    if K // w_scale.shape[1] * largest > LARGEST_ACC:
+        raise ValueError(
+            f"int_gemm: int32 sums of {x_bits} x {w_bits} bits overflow past "
+            f"{LARGEST_ACC // largest} elements a group, got {K // w_scale.shape[1]}"
+        )
+    if out_dtype not in OUT_DTYPES:
+        raise ValueError(f"int_gemm: out_dtype must be fp32, fp16 or bf16, got {out_dtype}")
+
+
+def _largest_centered(grid: IntFormat) -> int:
+    """The largest |code - zero_point|."""
+    return -grid.qmin if grid.symmetric else grid.qmax
+
+
+def _has_int8_dot() -> bool:
+    """torch._int_mm is exact on CPUs with VNNI; older ones may saturate pairs of products."""
+    return torch.cpu._is_vnni_supported()
+
+
+def _int_matmul(x: Tensor, w: Tensor) -> Tensor:
+    """int32 [M, N] = x @ w.T of int8 [M, K] and [N, K], exactly."""
+    if x.device.type == "cpu" and _has_int8_dot():
+        return torch._int_mm(x, w.T)
+    # Integers below 2^24 are exact in fp32 (2^53 in fp64) in any order of additions, so that many
+    # products of at most 2^14 are summed at a time. GPUs may round fp32 operands to TF32: fp64.
+    dtype, step = (torch.float32, 1 << 10) if x.device.type == "cpu" else (torch.float64, 1 << 39)
+    acc = x.new_zeros((x.shape[0], w.shape[0]), dtype=torch.int32)
+    for start in range(0, x.shape[1], step):
+        part = slice(start, start + step)
+        acc += (x[:, part].to(dtype) @ w[:, part].to(dtype).T).to(torch.int32)
+    return acc
+
+
+def _reference(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_bits: int,
+    x_packed: bool,
+    w_bits: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    x, shift = x_codes, None
+    if x_packed:
+        x = UNPACK.reference(x, IntFormat(x_bits).storage_bits, x_zero_point is None)
+    if x_zero_point is not None:  # code - 128 fits int8; the rest of the zero point meets sum(w)
+        x = x.bitwise_xor(128).view(torch.int8)
+        shift = 128 - x_zero_point.to(torch.int32)  # [M, 1]
+    w = UNPACK.reference(w_codes, IntFormat(w_bits).storage_bits, True)
+    y = x.new_empty((x.shape[0], w.shape[0]), dtype=out_dtype)
+    for start in range(0, x.shape[0], ROW_CHUNK):
+        rows = slice(start, start + ROW_CHUNK)
+        scaled = _weighted_sums(x[rows], None if shift is None else shift[rows], w, w_scale)
+        scaled.mul_(x_scale[rows])
+        y[rows] = scaled if bias is None else scaled.add_(bias.float())
+    return y
+
+
+def _weighted_sums(x: Tensor, shift: Tensor | None, w: Tensor, w_scale: Tensor) -> Tensor:
+    """fp32 [M, N]: over the groups, w_scale times the int32 sum of (x + shift) * w."""
+    group_size = w.shape[1] // w_scale.shape[1]
+    y = None
+    for g, scale in enumerate(w_scale.float().unbind(1)):
+        group = slice(g * group_size, (g + 1) * group_size)
+        acc = _int_matmul(x[:, group], w[:, group])
+        if shift is not None:
+            acc += shift * w[:, group].sum(1, dtype=torch.int32)
+        scaled = acc.float().mul_(scale)
+        y = scaled if y is None else y.add_(scaled)
+    return y
+
+
+def _fake(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_bits: int,
+    x_packed: bool,
+    w_bits: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x_codes.new_empty((x_codes.shape[0], w_codes.shape[0]), dtype=out_dtype)
+
+
+def _why_not_triton(*_args) -> str:
+    return "no Triton kernel for int_gemm yet"
+
+
+def _why_not_cuda(*_args) -> str:
+    return "no CUDA kernel for int_gemm yet"
+
+
+_BACKENDS = {"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)}
+INT_GEMM = Op("int_gemm", _check, _reference, _fake, _BACKENDS)
+
+
+def check_operands(op: str, x, w: PackedTensor):
+    """What a GEMM's tensors alone do not tell: the weight's layout and rank, and equal K."""
+    if w.layout is not Layout.ROW_MAJOR:
+        raise ValueError(
+            f"{op}: w must have layout {Layout.ROW_MAJOR.value!r}, got {w.layout.value!r}"
+        )
+    if len(w.shape) != 2 or x.shape[-1] != w.shape[-1]:
+        raise ValueError(
+            f"{op}: w must have shape [N, {x.shape[-1]}] for x of shape {tuple(x.shape)}, "
+            f"got {tuple(w.shape)}"
+        )
+
+
+def int_gemm(
+    x: PackedTensor,
+    w: PackedTensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    backend: str | None = None,
+) -> Tensor:
+    """x [..., K] (one scale per row, either layout) times w [N, K]: [..., N].
+
+    The contract is this module's docstring.
+    """
+    check_operands("int_gemm", x, w)
+    if x.format.group_size is not None:
+        raise ValueError(
+            f"int_gemm: x must have one scale per row, got group_size {x.format.group_size}"
+        )
+    if not w.format.symmetric:
+        raise ValueError("int_gemm: w must be symmetric, got an asymmetric format")
+    y = INT_GEMM(
+        x.codes.reshape(-1, x.codes.shape[-1]),
+        x.scale.reshape(-1, 1),
+        None if x.zero_point is None else x.zero_point.reshape(-1, 1),
+        w.codes,
+        w.scale,
+        bias,
+        x.format.bits,
+        x.layout is Layout.ROW_MAJOR,
+        w.format.bits,
+        out_dtype,
+        backend=backend,
+    )
+    return y.view(*x.shape[:-1], w.shape[0])

@@ -1,0 +1,166 @@
+"""kv_attention: causal attention of new queries over the quantized paged cache; decode and prefill.
+
+Sequence b owns rows query_start[b] .. query_start[b + 1] - 1 of q, n of them, and has L =
+seq_lens[b] tokens in the cache, the new ones included. With K, V dequantized (fp32, never
+narrowed), h the query head and h // (num_q_heads / num_kv_heads) its KV head, query i < n sees the
+positions j <= L - n + i:
+
+    p   = softmax over j of scaling * (q[i, h] . K[j])
+    out = sum over j of p[j] * V[j]
+
+Position j lies in page block_table[b, j // page_size] at offset j % page_size. Arithmetic is fp32
+(fp64 for fp64 q), out is narrowed once. A query that sees nothing (n > L) and a row of q that no
+sequence owns get 0. Zero queries or L = 0 are legal. Entries of block_table past the last page in
+use, and slots past L, are never read. Where K or V is not finite, every query of the call that
+sees it gets nan; what earlier queries of that sequence get is not specified.
+
+    q             [T, num_q_heads, D]       fp32, fp16 or bf16 (or fp64)
+    k_codes, k_scale, k_zero_point, v_codes, v_scale, v_zero_point
+                                            the cache of lowbit/ops/kv_append.py, num_kv_heads
+                                            divides num_q_heads
+    block_table   [B, P]                    int32 page numbers, P * page_size >= every L
+    seq_lens      [B]                       int32
+    query_start   [B + 1]                   int32, ascending, 0 first, at most T last
+    bits          2..8; scaling: any float, 1 / sqrt(D) as a rule
+    out           [T, num_q_heads, D]       q.dtype
+"""
+
+import torch
+from torch import Tensor
+
+from lowbit.ops.dispatch import Backend, Op
+from lowbit.ops.kv_append import KVPages, check_cache
+from lowbit.ops.quantize import DEQUANTIZE, compute_dtype
+
+QUERY_CHUNK = 64  # queries of one softmax: scores stay in the CPU's cache, and small at any length
+
+
+def _check(
+    q: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    k_zero_point: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    v_zero_point: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    bits: int,
+    scaling: float,
+):
+    cache = (k_codes, k_scale, k_zero_point, v_codes, v_scale, v_zero_point)
+    check_cache("kv_attention", q, cache, bits)
+    for name, t in (
+        ("block_table", block_table),
+        ("seq_lens", seq_lens),
+        ("query_start", query_start),
+    ):
+        if t.dtype != torch.int32:
+            raise ValueError(f"kv_attention: {name} must be int32, got {t.dtype}")
+    B = block_table.shape[0] if block_table.dim() == 2 else None
+    if B is None or seq_lens.shape != (B,) or query_start.shape != (B + 1,):
+        raise ValueError(
+            "kv_attention: block_table, seq_lens and query_start must have shapes [B, P], [B] and "
+            f"[B + 1], got {tuple(block_table.shape)}, {tuple(seq_lens.shape)} and "
+            f"{tuple(query_start.shape)}"
+        )
+
+
+def _reference(
+    q: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    k_zero_point: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    v_zero_point: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    bits: int,
+    scaling: float,
+) -> Tensor:
+    compute = compute_dtype(q)
+    out = torch.zeros_like(q)
+    page_size = k_codes.shape[1]
+    starts, lengths = query_start.tolist(), seq_lens.tolist()
+    for b, length in enumerate(lengths):
+        rows = slice(max(starts[b], starts[b + 1] - length), starts[b + 1])  # that see something
+        if rows.start >= rows.stop:
+            continue
+        if length > block_table.shape[1] * page_size:
+            raise ValueError(
+                f"kv_attention: sequence {b} has {length} tokens, more than the "
+                f"{block_table.shape[1]} pages of {page_size} in its block_table row"
+            )
+        used = block_table[b, : -(-length // page_size)].long()
+        k, v = (
+            DEQUANTIZE.reference(
+                codes[used].flatten(0, 1)[:length],
+                scale[used].flatten(0, 1)[:length].unsqueeze(-1),
+                zero_point[used].flatten(0, 1)[:length].unsqueeze(-1),
+                bits,
+                True,
+                compute,
+            ).transpose(0, 1)
+            for codes, scale, zero_point in (
+                (k_codes, k_scale, k_zero_point),
+                (v_codes, v_scale, v_zero_point),
+            )
+        )
+        out[rows] = _attend(q[rows].to(compute), k, v, scaling)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """The last n of L positions, q [n, num_q_heads, D], over k, v [num_kv_heads, L, D]; as q."""
+    (n, num_q_heads, head_dim), (num_kv_heads, length, _) = q.shape, k.shape
+    # The query heads of a KV head are stacked as rows, so that K and V are read once and as is.
+    q = (q * scaling).view(n, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    out = torch.empty_like(q)
+    later = torch.ones(QUERY_CHUNK, QUERY_CHUNK, dtype=torch.bool, device=q.device).triu(1)
+    for start in range(0, n, QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, n)
+        own, seen = (
+            length - n + start,
+            length - n + stop,
+        )  # first position of the chunk, and past it
+        size = stop - start
+        scores = q[:, :, start:stop].flatten(1, 2) @ k[:, :seen].mT
+        scores = scores.unflatten(1, (-1, size))  # [num_kv_heads, heads each, size, seen]
+        scores[..., own:].masked_fill_(later[:size, :size], -torch.inf)
+        p = scores.softmax(-1).flatten(1, 2)
+        out[:, :, start:stop] = (p @ v[:, :seen]).unflatten(1, (-1, size))
+    return out.permute(2, 0, 1, 3).reshape(n, num_q_heads, head_dim)
+
+
+def _fake(q: Tensor, *_rest) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _why_not_triton(*_args) -> str:
+    return "no Triton kernel for kv_attention yet"
+
+
+def _why_not_cuda(*_args) -> str:
+    return "no CUDA kernel for kv_attention yet"
+
+
+_BACKENDS = {"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)}
+KV_ATTENTION = Op("kv_attention", _check, _reference, _fake, _BACKENDS)
+
+
+def kv_attention(
+    q: Tensor,
+    pages: KVPages,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    scaling: float,
+    backend: str | None = None,
+) -> Tensor:
+    """q's attention over the sequences in `pages`; the contract is this module's docstring."""
+    return KV_ATTENTION(
+        q, *pages.tensors, block_table, seq_lens, query_start, pages.bits, scaling, backend=backend
+    )

@@ -1,0 +1,147 @@
+"""pack: codes, one per byte, <-> packed bytes; always a bitwise round trip.
+
+A packed row is one little-endian bit string: code i of b bits occupies bits [i*b, (i+1)*b), so
+with 4 bits element 2j sits in the low nibble of byte j. Codes are taken modulo 2^b: symmetric
+codes are stored in two's complement and sign-extended by unpack.
+
+    codes   [..., K]        int8 or uint8, K * b a multiple of 8
+    packed  [..., K*b/8]    uint8
+    b       2, 3, 4 or 8
+
+    unpack(packed, b, signed) -> int8 [..., K] when signed, else uint8
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lowbit.formats import PACKED_BITS, Layout, PackedTensor
+from lowbit.ops.dispatch import Backend, Op
+
+# A word is the integer that holds one code per byte for as many codes as fill whole packed bytes:
+# 4, 8 and 2 codes in 1, 3 and 1 packed bytes. The reference works on whole words, and reads the
+# bytes of an integer lowest first, as every machine that torch runs on does.
+_WORDS = {2: torch.int32, 3: torch.int64, 4: torch.int16, 8: torch.int8}
+
+
+def _codes_per_word(bits: int) -> int:
+    """Codes in the smallest whole number of bytes: 4, 8, 2, 1 for 2, 3, 4, 8 bits."""
+    return _WORDS[bits].itemsize
+
+
+def _runs_mask(bits: int, run: int) -> int:
+    """The bits of a word that hold codes when every `run` codes lie together in `run` bytes."""
+    ones = (1 << bits * run) - 1
+    return sum(ones << 8 * i for i in range(0, _codes_per_word(bits), run))
+
+
+def _check_bits(op: str, bits: int):
+    if bits not in PACKED_BITS:
+        raise ValueError(f"{op}: bits must be one of {PACKED_BITS}, got {bits}")
+
+
+def check_row(op: str, K: int, bits: int):
+    """A row of K codes must fill whole bytes; `bits` is a storage width."""
+    if K % _codes_per_word(bits):
+        raise ValueError(
+            f"{op}: the row length must be a multiple of {_codes_per_word(bits)} to pack "
+            f"{bits}-bit codes, got {K}"
+        )
+
+
+def _check_pack(codes: Tensor, bits: int):
+    _check_bits("pack", bits)
+    if codes.dtype not in (torch.int8, torch.uint8) or codes.dim() < 1:
+        raise ValueError(
+            f"pack: codes must be int8 or uint8 [..., K], got {codes.dtype} "
+            f"of shape {tuple(codes.shape)}"
+        )
+    check_row("pack", codes.shape[-1], bits)
+
+
+def _pack_reference(codes: Tensor, bits: int) -> Tensor:
+    if bits == 8:
+        return codes.view(torch.uint8).clone(memory_format=torch.contiguous_format)
+    per_word, run = _codes_per_word(bits), 1
+    words = codes.bitwise_and((1 << bits) - 1).contiguous().view(_WORDS[bits])
+    while run < per_word:  # close the gap between neighbouring runs of codes: 1, 2, 4 codes
+        words = (words | words >> (8 - bits) * run).bitwise_and_(_runs_mask(bits, 2 * run))
+        run *= 2
+    word_bytes = per_word * bits // 8
+    in_bytes = words.view(torch.uint8).unflatten(-1, (-1, per_word))
+    return in_bytes[..., :word_bytes].flatten(-2).contiguous()
+
+
+def _pack_fake(codes: Tensor, bits: int) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * bits // 8), dtype=torch.uint8)
+
+
+def _check_unpack(packed: Tensor, bits: int, signed: bool):
+    _check_bits("unpack", bits)
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"unpack: packed must be uint8, got {packed.dtype}")
+    word_bytes = _codes_per_word(bits) * bits // 8
+    if packed.dim() < 1 or packed.shape[-1] % word_bytes:
+        raise ValueError(
+            f"unpack: the row must be a multiple of {word_bytes} bytes for {bits} bits, "
+            f"got shape {tuple(packed.shape)}"
+        )
+
+
+def _unpack_reference(packed: Tensor, bits: int, signed: bool) -> Tensor:
+    if bits == 8:
+        codes = packed.view(torch.int8) if signed else packed
+        return codes.clone(memory_format=torch.contiguous_format)
+    per_word = _codes_per_word(bits)
+    word_bytes, run = per_word * bits // 8, per_word // 2
+    words = pad(packed.unflatten(-1, (-1, word_bytes)), (0, per_word - word_bytes))
+    words = words.flatten(-2).view(_WORDS[bits])
+    while run:  # open the gap between halves of every run of codes: 4, 2, 1 codes
+        words = (words | words << (8 - bits) * run).bitwise_and_(_runs_mask(bits, run))
+        run //= 2
+    if not signed:
+        return words.view(torch.uint8)
+    sign = 1 << (bits - 1)
+    return words.view(torch.int8).bitwise_xor_(sign).sub_(sign)  # two's complement
+
+
+def _unpack_fake(packed: Tensor, bits: int, signed: bool) -> Tensor:
+    shape = (*packed.shape[:-1], packed.shape[-1] * 8 // bits)
+    return packed.new_empty(shape, dtype=torch.int8 if signed else torch.uint8)
+
+
+def _why_not_triton(*_args) -> str:
+    return "no Triton kernel for pack yet"
+
+
+def _why_not_cuda(*_args) -> str:
+    return "no CUDA kernel for pack yet"
+
+
+_BACKENDS = {"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)}
+PACK = Op("pack", _check_pack, _pack_reference, _pack_fake, _BACKENDS)
+UNPACK = Op("unpack", _check_unpack, _unpack_reference, _unpack_fake, _BACKENDS)
+
+
+def pack(codes: Tensor, bits: int, backend: str | None = None) -> Tensor:
+    """Packed bytes of `codes`; the contract is this module's docstring."""
+    return PACK(codes, bits, backend=backend)
+
+
+def unpack(packed: Tensor, bits: int, signed: bool, backend: str | None = None) -> Tensor:
+    """Codes of `packed`, one per byte; the contract is this module's docstring."""
+    return UNPACK(packed, bits, signed, backend=backend)
+
+
+def to_layout(t: PackedTensor, layout: Layout, backend: str | None = None) -> PackedTensor:
+    """The same numbers in another layout; the only converter between layouts."""
+    if t.layout is layout:
+        return t
+    bits = t.format.storage_bits
+    if layout is Layout.ROW_MAJOR:
+        codes = pack(t.codes, bits, backend)
+    else:
+        codes = unpack(t.codes, bits, t.format.symmetric, backend)
+    return replace(t, codes=codes, layout=layout)

@@ -1,0 +1,125 @@
+"""rmsnorm_quant: (residual +) RMSNorm, then quantize per token; also returns the new residual.
+
+    h = x + residual                         added in fp32, narrowed to x's dtype: new_residual
+    y = h * rsqrt(mean(h^2) + eps)           fp32, from the narrowed h; the mean is over K
+    y = y * weight                           fp32, with a weight
+    codes, scale, zero_point = quantize(y)   one fp32 scale per row; quantize.py has the contract
+
+y is not narrowed. Without a residual, h = x and new_residual is a copy of x. fp64 for fp64 x.
+
+    x, residual, new_residual   [..., K]   fp64, fp32, fp16 or bf16, all of one dtype and shape
+    weight                      [K]        floating point
+    codes                       [..., K * storage_bits / 8] uint8 when packed, else [..., K]
+    scale, zero_point           [..., 1]   fp32, uint8; zero_point empty [0] when symmetric
+    eps                         >= 0; a row of zeros with eps 0 is not finite, see quantize.py
+"""
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import IntFormat, Layout, PackedTensor
+from lowbit.ops.dispatch import Backend, Op
+from lowbit.ops.quantize import (
+    QUANTIZE,
+    as_packed_tensor,
+    check_float,
+    check_grid,
+    check_per_token,
+    compute_dtype,
+)
+
+
+def _check(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    bits: int,
+    symmetric: bool,
+    clip: float,
+    packed: bool,
+):
+    check_float("rmsnorm_quant", "x", x)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"rmsnorm_quant: residual must be {x.dtype} of shape {tuple(x.shape)} as x is, "
+            f"got {residual.dtype} of shape {tuple(residual.shape)}"
+        )
+    if weight is not None and (weight.shape != x.shape[-1:] or not weight.is_floating_point()):
+        raise ValueError(
+            f"rmsnorm_quant: weight must be floating point [{x.shape[-1]}], "
+            f"got {weight.dtype} of shape {tuple(weight.shape)}"
+        )
+    if not eps >= 0:
+        raise ValueError(f"rmsnorm_quant: eps must be >= 0, got {eps}")
+    check_grid("rmsnorm_quant", x.shape[-1], bits, clip, packed)
+
+
+def _reference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    bits: int,
+    symmetric: bool,
+    clip: float,
+    packed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, compute = x.contiguous(), compute_dtype(x)
+    new_residual = x.clone() if residual is None else (x.to(compute) + residual).to(x.dtype)
+    h = new_residual.to(compute)
+    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y *= weight.to(compute)
+    codes = QUANTIZE.reference(y, bits, 0, symmetric, clip, packed, torch.float32)
+    return *codes, new_residual
+
+
+def _fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    bits: int,
+    symmetric: bool,
+    clip: float,
+    packed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    codes = QUANTIZE.fake(x, bits, 0, symmetric, clip, packed, torch.float32)
+    return *codes, x.new_empty(x.shape)
+
+
+def _why_not_triton(*_args) -> str:
+    return "no Triton kernel for rmsnorm_quant yet"
+
+
+def _why_not_cuda(*_args) -> str:
+    return "no CUDA kernel for rmsnorm_quant yet"
+
+
+RMSNORM_QUANT = Op(
+    name="rmsnorm_quant",
+    check=_check,
+    reference=_reference,
+    fake=_fake,
+    backends={"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)},
+)
+
+
+def rmsnorm_quant(
+    x: Tensor,
+    format: IntFormat,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    clip: float = 1.0,
+    layout: Layout = Layout.BYTES,
+    backend: str | None = None,
+) -> tuple[PackedTensor, Tensor]:
+    """(x + residual normalized and quantized, the sum); the contract is this module's docstring."""
+    check_per_token("rmsnorm_quant", format)
+    packed = layout is Layout.ROW_MAJOR
+    *outputs, new_residual = RMSNORM_QUANT(
+        x, residual, weight, eps, format.bits, format.symmetric, clip, packed, backend=backend
+    )
+    return as_packed_tensor(*outputs, format, layout, x.shape), new_residual

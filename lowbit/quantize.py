@@ -1,0 +1,253 @@
+"""The pipeline: a float model, a recipe and a format in; a packed model out.
+
+Block-sequential: one block at a time is converted to fp32, transformed (fused in fp64), calibrated
+stage by stage on the outputs of the blocks already rounded, rounded, and reduced to its codes. So
+it needs no more memory than the model, one block in fp32 and the calibration activations entering
+that block.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowbit.config import LowbitConfig
+from lowbit.errors import InputError
+from lowbit.evaluate.text import manual_text
+from lowbit.formats import QuantFormat
+from lowbit.models import Adapter, adapter_for
+from lowbit.models.source import load_source
+from lowbit.nn.swap import swap
+from lowbit.ops import dequantize
+from lowbit.recipes import Calibration, Recipe, recipe_named
+from lowbit.rounding import quadratic_error
+from lowbit.transforms import FittedTransforms, Rotate, fit, hook_online
+
+TOKENS_AT_ONCE = 4096  # calibration tokens in one forward of a block
+
+
+def quantize(
+    model: PreTrainedModel | str,
+    recipe: str | Recipe = "quarot",
+    format: str | QuantFormat = "w4a4kv4",
+    calibration: Tensor | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """Quantize a model in place and return it, its linear and attention layers packed.
+
+    model        a Hugging Face model, or a folder, hub name or "smollm2-135m" to load; consumed:
+                 its weights are released block by block as they are packed
+    calibration  token windows int64 [samples, length], or a text to take them from; None: the
+                 Python manual. Unused by recipes that need none
+    tokenizer    needed to calibrate a model object on a text
+    seed         of random rotations and of the choice of windows
+
+    Raises InputError for an unknown recipe, format or architecture, a group size that does not
+    divide, weights or calibration activations that are not finite, a text too short.
+    """
+    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    format = QuantFormat.parse(format) if isinstance(format, str) else format
+    if isinstance(model, str):
+        model, tokenizer = load_source(model)
+    adapter = adapter_for(model.config)
+    model.eval().requires_grad_(False)
+    check_weights(model, adapter, format)
+    calibrates = recipe.rounder.needs_hessian and format.weight is not None
+    windows = None
+    if calibrates:
+        windows = _windows(calibration, tokenizer, recipe.calibration, seed)
+
+    fitted = fit(_useful(recipe.transforms, adapter, format), adapter, seed)
+    fitted.fuse_ends(model)
+    stream = _Stream(model, adapter, windows) if calibrates else None
+    packed, rounding = {}, {}
+    blocks = model.get_submodule(adapter.block_path)
+    dtype = model.dtype
+    bar = tqdm(list(enumerate(blocks)), "quantize", unit="block", disable=not progress)
+    for index, block in bar:
+        results = _quantize_block(block.float(), fitted, recipe, format, stream, bar, index)
+        for name, (weight, report) in results.items():
+            packed[f"{adapter.block_path}.{index}.{name}"] = weight
+            rounding[f"{index}.{name}"] = report
+        block.to(dtype)
+    swap(model, adapter, _config(recipe, format, fitted, seed, windows, rounding))
+    for name, weight in packed.items():
+        model.get_submodule(name).assign(weight)
+    return model
+
+
+def _useful(transforms: tuple, adapter: Adapter, format: QuantFormat) -> tuple:
+    """The transforms, less those that would run online in front of unquantized linears."""
+    if format.weight is not None:
+        return transforms
+    spaces = adapter.spaces
+    return tuple(
+        t
+        for t in transforms
+        if not isinstance(t, Rotate) or spaces[t.space].writers or not spaces[t.space].readers
+    )
+
+
+def _config(
+    recipe: Recipe,
+    format: QuantFormat,
+    fitted: FittedTransforms,
+    seed: int,
+    windows: Tensor | None,
+    rounding: dict,
+) -> LowbitConfig:
+    activation_clip, kv_clip = recipe.clips(format)
+    return LowbitConfig(
+        format=format,
+        recipe=recipe.name,
+        activation_clip=activation_clip,
+        kv_clip=kv_clip,
+        input_transforms=fitted.input_transforms,
+        query_key_transform=fitted.query_key if format.kv else None,
+        report={
+            "source": recipe.source,
+            "transforms": fitted.report(),
+            "seed": seed,
+            "calibration": None if windows is None else list(windows.shape),
+            "rounding": {name: report for name, report in rounding.items() if report},
+        },
+    )
+
+
+def check_weights(model: nn.Module, adapter: Adapter, format: QuantFormat):
+    """Every weight finite, every row length divisible as the weight format needs."""
+    for name, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            bad = tensor.numel() - int(tensor.isfinite().sum())
+            raise InputError(f"weights must be finite, got {bad} NaN or inf in {name}")
+    if format.weight is None:
+        return
+    block = model.get_submodule(adapter.block_path)[0]
+    for name in adapter.linears:
+        K = block.get_submodule(name).in_features
+        try:
+            format.weight.num_groups(K)
+        except InputError as error:
+            raise InputError(f"{format}: {name}: {error}") from None
+        if K * format.weight.storage_bits % 8:
+            raise InputError(
+                f"{format}: {name}: a row must fill whole bytes, got {K} codes of "
+                f"{format.weight.storage_bits} bits"
+            )
+
+
+def sample_windows(tokens: Tensor, calibration: Calibration, seed: int) -> Tensor:
+    """Random windows int64 [samples, length] of a 1-D token tensor, as in GPTQ's protocol."""
+    length = calibration.length
+    if tokens.numel() < length:
+        raise InputError(
+            f"the calibration text is shorter than one window: expected at least {length} tokens, "
+            f"got {tokens.numel()}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    last = tokens.numel() - length
+    starts = torch.randint(0, last + 1, (calibration.samples,), generator=generator)
+    return tokens[starts[:, None] + torch.arange(length)]
+
+
+def _windows(
+    calibration: Tensor | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    spec: Calibration,
+    seed: int,
+) -> Tensor:
+    if isinstance(calibration, Tensor):
+        if calibration.dim() != 2 or calibration.dtype != torch.int64:
+            raise InputError(
+                "calibration must be int64 [samples, length], got "
+                f"{calibration.dtype} {tuple(calibration.shape)}"
+            )
+        return calibration
+    if tokenizer is None:
+        raise InputError("tokenizer must be given to calibrate a model object on a text, got None")
+    text = manual_text("calibration") if calibration is None else calibration
+    tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    return sample_windows(tokens, spec, seed)
+
+
+def _quantize_block(
+    block: nn.Module,
+    fitted: FittedTransforms,
+    recipe: Recipe,
+    format: QuantFormat,
+    stream: "_Stream | None",
+    bar: tqdm,
+    index: int,
+) -> dict:
+    """linear -> (PackedTensor, report); the block's own weights are released."""
+    fitted.fuse_block(block)
+    if format.weight is None:
+        return {}
+    hooks = hook_online(block, fitted.input_transforms)
+    results = {}
+    for stage in fitted.adapter.stages:
+        linears = {name: block.get_submodule(name) for name in stage}
+        hessian = stream.hessian(block, linears[stage[0]], index) if stream else None
+        for name, linear in linears.items():
+            weight, report = recipe.rounder.round(linear.weight, format.weight, hessian)
+            rounded = dequantize(weight)
+            if hessian is not None:
+                lost = quadratic_error(linear.weight - rounded, hessian)
+                report["relative_error"] = lost / quadratic_error(linear.weight, hessian)
+                bar.set_postfix_str(f"{name} error {report['relative_error']:.4f}")
+            linear.weight.copy_(rounded)
+            results[name] = weight, report
+    if stream:
+        stream.advance(block)
+    for hook in hooks:
+        hook.remove()
+    for name in fitted.adapter.linears:
+        block.get_submodule(name).weight = None
+    return results
+
+
+class _StopForward(Exception):
+    """Raised by a hook once the input it was waiting for has been seen."""
+
+
+class _Stream:
+    """Calibration activations entering the current block, fp32, from the rounded blocks before."""
+
+    def __init__(self, model: PreTrainedModel, adapter: Adapter, windows: Tensor):
+        embed = model.get_input_embeddings()
+        batch = max(1, TOKENS_AT_ONCE // windows.shape[1])
+        self.hidden = [embed(part).float() for part in windows.to(model.device).split(batch)]
+        positions = torch.arange(windows.shape[1], device=model.device)[None]
+        rotary = model.get_submodule(adapter.rotary_path)
+        self.position_embeddings = rotary(self.hidden[0], position_ids=positions)
+
+    def _forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        return block(hidden, position_embeddings=self.position_embeddings, attention_mask=None)
+
+    def hessian(self, block: nn.Module, linear: nn.Linear, index: int) -> Tensor:
+        """H = (2 / n) sum x x^T over the inputs of one linear, [K, K] fp32."""
+        K = linear.in_features
+        hessian = torch.zeros(K, K, device=linear.weight.device)
+
+        def accumulate(_module, args):
+            x = args[0].flatten(0, -2)
+            hessian.addmm_(x.T, x)
+            raise _StopForward
+
+        hook = linear.register_forward_pre_hook(accumulate)
+        for hidden in self.hidden:
+            with contextlib.suppress(_StopForward):
+                self._forward(block, hidden)
+        hook.remove()
+        if not hessian.isfinite().all():
+            raise InputError(
+                f"calibration activations must be finite, got NaN or inf entering block {index}"
+            )
+        return hessian.mul_(2 / sum(h.shape[0] * h.shape[1] for h in self.hidden))
+
+    def advance(self, block: nn.Module):
+        self.hidden = [self._forward(block, hidden) for hidden in self.hidden]

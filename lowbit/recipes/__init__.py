@@ -1,0 +1,24 @@
+"""The named methods."""
+
+import difflib
+
+from lowbit.errors import InputError
+from lowbit.recipes.plain import GPTQ, RTN
+from lowbit.recipes.quarot import QUAROT, QUAROT_RTN
+from lowbit.recipes.recipe import Calibration, Recipe
+
+RECIPES = {recipe.name: recipe for recipe in (RTN, GPTQ, QUAROT_RTN, QUAROT)}
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name; an unknown one is an InputError with the nearest."""
+    if name not in RECIPES:
+        nearest = difflib.get_close_matches(name, RECIPES, 1, 0.0)[0]
+        raise InputError(
+            f"unknown recipe {name!r}: expected one of {', '.join(RECIPES)}; "
+            f"did you mean {nearest!r}?"
+        )
+    return RECIPES[name]
+
+
+__all__ = ["RECIPES", "Calibration", "Recipe", "recipe_named"]

@@ -1,0 +1,112 @@
+"""GPTQ: round column by column, pushing each column's error onto those not yet rounded.
+
+Frantar et al. 2023, section 3.3, Algorithm 1; options as in QuaRot's configuration.
+
+    minimize tr((W - Q) H (W - Q)^T),  H = (2 / n) sum x x^T over the n calibration tokens
+    U = upper Cholesky factor of H^-1
+    for each column j:  q_j = round(w_j);  W[:, j+1:] -= (w_j - q_j) / U[j, j] * U[j, j+1:]
+
+Every grid is fixed before the sweep, on the original weights: with act-order and groups these are
+"static groups", so that the kernels need no permutation of K.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import IntFormat, PackedTensor
+from lowbit.rounding.grid import codes_on_grid, weight_grid
+from lowbit.rounding.rtn import RTN, packed_weight
+
+COLUMN_BLOCK = 128  # columns swept before their errors reach the rest of the matrix
+LARGEST_DAMP = 1.0
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """act_order: columns by descending diag(H). damp: share of mean(diag(H)) added to it."""
+
+    act_order: bool = True
+    clip_search: bool = True
+    damp: float = 0.01
+    needs_hessian = True
+
+    def round(
+        self, weight: Tensor, format: IntFormat, hessian: Tensor
+    ) -> tuple[PackedTensor, dict]:
+        """weight [N, K] fp32, hessian [K, K] fp32 -> the packed weight and what happened.
+
+        Not positive definite (the usual remedies, in order): fp64, then damp x 10 up to 1, then
+        RTN for these weights. The report says which damp was used, None for RTN.
+        """
+        dead = hessian.diagonal() == 0  # inputs never seen: their weights do not matter
+        hessian = hessian.clone()
+        hessian.diagonal()[dead] = 1.0
+        weight = weight.masked_fill(dead, 0.0)
+        scale, zero_point = weight_grid(weight, format, self.clip_search)
+
+        order = torch.arange(weight.shape[1], device=weight.device)
+        if self.act_order:
+            order = hessian.diagonal().argsort(descending=True, stable=True)
+        upper, damp = self._inverse_factor(hessian[order][:, order])
+        if upper is None:
+            packed, _ = RTN(self.clip_search).round(weight, format)
+            return packed, {"damp": None}
+
+        group = order // (format.group_size or weight.shape[1])  # of each swept column
+        column_scale = scale.float()[:, group]
+        column_zero = None if zero_point is None else zero_point[:, group]
+        codes = torch.empty_like(weight)
+        codes[:, order] = _sweep(weight[:, order], upper, column_scale, column_zero, format)
+        return packed_weight(codes, scale, zero_point, format), {"damp": damp}
+
+    def _inverse_factor(self, hessian: Tensor) -> tuple[Tensor | None, float | None]:
+        """Upper Cholesky factor of the damped inverse, fp32, and the damp it took."""
+        mean = hessian.diagonal().mean()
+        damp = self.damp
+        while damp <= LARGEST_DAMP:
+            damped = hessian.clone()
+            damped.diagonal().add_(damp * mean)
+            for dtype in (torch.float32, torch.float64):
+                upper = _inverse_cholesky(damped.to(dtype))
+                if upper is not None:
+                    return upper.float(), damp
+            damp *= 10
+        return None, None
+
+
+def _inverse_cholesky(hessian: Tensor) -> Tensor | None:
+    """Upper Cholesky factor of hessian^-1; None where hessian is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if failed:
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if failed or not upper.isfinite().all() else upper
+
+
+def _sweep(
+    weight: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor | None, format: IntFormat
+) -> Tensor:
+    """Codes [N, K] as fp32; weight's columns in sweep order, scale and zero_point per column."""
+    weight = weight.clone()
+    codes = torch.empty_like(weight)
+    for start in range(0, weight.shape[1], COLUMN_BLOCK):
+        stop = min(start + COLUMN_BLOCK, weight.shape[1])
+        errors = torch.empty_like(weight[:, start:stop])
+        for j in range(start, stop):
+            column, s = weight[:, j], scale[:, j]
+            zero = None if zero_point is None else zero_point[:, j, None]
+            code = codes_on_grid(column[:, None], s[:, None], zero, format)[:, 0]
+            codes[:, j] = code
+            on_grid = (code if zero is None else code - zero[:, 0].float()) * s
+            error = (column - on_grid) / upper[j, j]
+            weight[:, j:stop].addr_(error, upper[j, j:stop], alpha=-1)
+            errors[:, j - start] = error
+        weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+    return codes
+
+
+def quadratic_error(error: Tensor, hessian: Tensor) -> float:
+    """tr(E H E^T), the GPTQ objective, for E = W - Q of shape [N, K]."""
+    return ((error @ hessian) * error).sum(dtype=torch.float64).item()

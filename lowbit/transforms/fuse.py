@@ -1,0 +1,127 @@
+"""Applying fitted transforms to a model: whole, or one block at a time as the executor does."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowbit.errors import InputError
+from lowbit.models.spaces import Adapter, Norm
+from lowbit.transforms.online import OnlineTransform
+from lowbit.transforms.rotation import Rotate, Rotation
+
+
+@dataclass(frozen=True)
+class FoldNorms:
+    """Fold every RMSNorm gain into the linears that read the norm, in fp64; the gain becomes 1."""
+
+
+@dataclass(frozen=True)
+class FittedTransforms:
+    """The transforms of a recipe, fitted to one model."""
+
+    adapter: Adapter
+    fold_norms: bool
+    rotations: tuple[Rotation, ...]
+
+    @property
+    def input_transforms(self) -> dict[str, OnlineTransform]:
+        """linear -> the online transform in front of it."""
+        spaces = self.adapter.spaces
+        return {
+            reader: rotation.base
+            for rotation in self.rotations
+            if not spaces[rotation.space].writers
+            for reader in spaces[rotation.space].readers
+        }
+
+    @property
+    def query_key(self) -> OnlineTransform | None:
+        return next((r.base for r in self.rotations if r.space == "query_key"), None)
+
+    def fuse_block(self, block: nn.Module):
+        """Fuse into one block's tensors, in place, computing in fp64."""
+        if self.fold_norms:
+            for norm in self.adapter.norms:
+                _fold(block, norm)
+        for rotation in self.rotations:
+            space = self.adapter.spaces[rotation.space]
+            for name in space.readers:
+                rotation.fuse_reader(block.get_submodule(name))
+            for name in space.writers:
+                rotation.fuse_writer(block.get_submodule(name))
+
+    def fuse_ends(self, model: nn.Module):
+        """Fuse into the embedding, the final norm and the head; unties a tied head first."""
+        if not (self.fold_norms or self.rotations):
+            return
+        untie(model)
+        if self.fold_norms:
+            _fold(model, self.adapter.final_norm)
+        for rotation in self.rotations:
+            space = self.adapter.spaces[rotation.space]
+            if space.embedding:
+                rotation.fuse_embedding(model.get_submodule(space.embedding))
+            if space.head:
+                rotation.fuse_reader(model.get_submodule(space.head))
+
+    def report(self) -> list[str]:
+        folded = ["RMSNorm gains folded into the linears that read them"] if self.fold_norms else []
+        return folded + [str(rotation) for rotation in self.rotations]
+
+
+def fit(transforms: tuple, adapter: Adapter, seed: int) -> FittedTransforms:
+    """Fit a recipe's transforms; random choices come from `seed` alone."""
+    generator = torch.Generator().manual_seed(seed)
+    rotations = []
+    for transform in transforms:
+        if isinstance(transform, Rotate):
+            rotations.append(transform.fit(adapter.spaces[transform.space], generator))
+    fold_norms = any(isinstance(t, FoldNorms) for t in transforms)
+    if not fold_norms and any(r.space == "residual" for r in rotations):
+        raise InputError("a rotation of the residual stream needs FoldNorms before it")
+    return FittedTransforms(adapter, fold_norms, tuple(rotations))
+
+
+def untie(model: nn.Module):
+    """Give a tied head a weight of its own: folding and rotating change the two differently."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def _fold(module: nn.Module, norm: Norm):
+    gain = module.get_submodule(norm.name).weight
+    for name in norm.readers:
+        weight = module.get_submodule(name).weight
+        weight.copy_(weight.double() * gain.double())
+    gain.fill_(1.0)
+
+
+def hook_online(block: nn.Module, input_transforms: dict[str, OnlineTransform]) -> list:
+    """Forward pre-hooks that rotate linears' inputs in a still unquantized block; their handles."""
+    return [
+        block.get_submodule(name).register_forward_pre_hook(_rotate_input(transform))
+        for name, transform in input_transforms.items()
+    ]
+
+
+def _rotate_input(transform: OnlineTransform):
+    rotation = Rotation("input", transform, None)
+    return lambda module, args: (rotation.apply(args[0]), *args[1:])
+
+
+def rotate(model: nn.Module, transforms: tuple, adapter: Adapter, seed: int) -> FittedTransforms:
+    """Apply a recipe's transforms to a float model, in place: same function, rotated insides.
+
+    What is online runs in forward pre-hooks. For tests and figures; the pipeline does the same one
+    block at a time.
+    """
+    fitted = fit(transforms, adapter, seed)
+    fitted.fuse_ends(model)
+    for block in model.get_submodule(adapter.block_path):
+        fitted.fuse_block(block)
+        hook_online(block, fitted.input_transforms)
+    return fitted

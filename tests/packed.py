@@ -1,0 +1,51 @@
+"""Tiny packed models: tests/models.py's Llama with RTN weights and every online rotation."""
+
+from models import tiny_llama
+
+from lowbit.config import LowbitConfig
+from lowbit.evaluate.fake_quant import rotate
+from lowbit.formats import Layout, QuantFormat
+from lowbit.models import adapter_for
+from lowbit.nn import swap
+from lowbit.ops import quantize
+from lowbit.transforms.online import OnlineTransform
+
+
+def packed_llama(
+    format: str = "w4a4kv4", kind: str | None = "hadamard", clip: float = 1.0, **sizes
+):
+    """tiny_llama(**sizes), quantized; kind None: without rotations."""
+    return pack_model(tiny_llama(**sizes), format, kind, clip)
+
+
+def pack_model(model, format: str, kind: str | None = "hadamard", clip: float = 1.0):
+    """`model`, quantized in place; rotations are undone in the weights, so it stays the same one
+    but for the rounding."""
+    adapter, c, format = adapter_for(model.config), model.config, QuantFormat.parse(format)
+    transforms = {}
+    if kind is not None and format.weight is not None:
+        heads = OnlineTransform(kind, c.num_attention_heads, c.head_dim)
+        hidden = OnlineTransform(kind, c.intermediate_size)
+        transforms = {"self_attn.o_proj": heads, "mlp.down_proj": hidden}
+    config = LowbitConfig(
+        format,
+        "test",
+        activation_clip=clip,
+        kv_clip=clip,
+        input_transforms=transforms,
+        query_key_transform=None if kind is None else OnlineTransform(kind, c.head_dim),
+    )
+    packed = {}
+    for index, block in enumerate(model.model.layers):
+        for name in adapter.linears if format.weight else ():
+            weight = rotate(block.get_submodule(name).weight.double(), transforms.get(name))
+            packed[f"model.layers.{index}.{name}"] = pack_weight(weight.float(), format.weight)
+    swap(model, adapter, config)
+    for name, weight in packed.items():
+        model.get_submodule(name).assign(weight)
+    return model
+
+
+def pack_weight(weight, format):
+    """RTN codes of one weight, as QuantLinear stores them."""
+    return quantize(weight, format, 1.0, Layout.ROW_MAJOR, format.weight_scale_dtype)

@@ -1,0 +1,292 @@
+"""int_gemm against sums in fp64, which hold every int32 exactly; scales are powers of two there."""
+
+import importlib
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import assert_bitwise, assert_no_worse_than_torch, assert_registered
+
+from lowbit.formats import IntFormat, Layout, PackedTensor
+from lowbit.ops import dequantize, int_gemm, quantize, to_layout
+
+module = importlib.import_module("lowbit.ops.int_gemm")  # lowbit.ops.int_gemm is the function
+
+W_BITS, X_BITS = (2, 3, 4, 6, 8), (4, 6, 8)
+INT32_MAX = 2**31 - 1
+
+
+class Shape(NamedTuple):
+    M: int
+    N: int
+    K: int
+
+
+SHAPES = {
+    "one": (Shape(1, 1, 1), 8),
+    "primes": (Shape(17, 13, 577), 8),
+    "odd": (Shape(33, 31, 1538), 4),
+    "smollm2 q_proj, decode": (Shape(1, 576, 576), 4),
+    "smollm2 gate_proj": (Shape(3, 1536, 576), 4),
+    "smollm2 down_proj": (Shape(2, 576, 1536), 4),
+    "past a row chunk": (Shape(module.ROW_CHUNK + 1, 3, 64), 4),
+}
+
+
+def power_of_two(*shape: int) -> torch.Tensor:
+    return 2.0 ** torch.randint(-2, 2, shape)
+
+
+def random_codes(shape: tuple[int, ...], format: IntFormat) -> torch.Tensor:
+    return torch.randint(format.qmin, format.qmax + 1, shape).to(format.code_dtype)
+
+
+def exact_x(shape: tuple[int, ...], bits: int, symmetric: bool) -> PackedTensor:
+    format, rows = IntFormat(bits, symmetric), (*shape[:-1], 1)
+    zero_point = None if symmetric else random_codes(rows, format)
+    codes = random_codes(shape, format)
+    return PackedTensor(
+        codes, power_of_two(*rows), zero_point, format, Layout.BYTES, torch.Size(shape)
+    )
+
+
+def exact_w(N: int, K: int, bits: int, group_size: int | None = None) -> PackedTensor:
+    format = IntFormat(bits, True, group_size)
+    scale = power_of_two(N, format.num_groups(K))
+    scale = scale if group_size is None else scale.half()
+    codes = random_codes((N, K), format)
+    return to_layout(
+        PackedTensor(codes, scale, None, format, Layout.BYTES, torch.Size((N, K))),
+        Layout.ROW_MAJOR,
+    )
+
+
+def centered(t: PackedTensor) -> torch.Tensor:
+    """fp64 [..., K]: code - zero_point."""
+    codes = to_layout(t, Layout.BYTES).codes.double()
+    return codes if t.zero_point is None else codes - t.zero_point.double()
+
+
+def expected_y(x: PackedTensor, w: PackedTensor, bias=None, out_dtype=torch.float32):
+    """int_gemm in fp64, every number of which fits fp32 for the operands above."""
+    G = w.scale.shape[1]
+    groups = [t.unflatten(-1, (G, -1)) for t in (centered(x), centered(w))]
+    acc = torch.einsum("...gk,ngk->...ng", *groups)
+    y = (acc * w.scale.double()).sum(-1) * x.scale.double()
+    y = y if bias is None else y + bias.double()
+    assert_bitwise(y.float().double(), y)
+    return y.float().to(out_dtype)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[True, False], ids=["int8 dot", "fp32 sums"])
+def has_int8_dot(request, monkeypatch):
+    """Both ways the reference multiplies; the first is exact on CPUs that have VNNI only."""
+    if request.param and not module._has_int8_dot():
+        pytest.skip("this CPU has no int8 dot product")
+    monkeypatch.setattr(module, "_has_int8_dot", lambda: request.param)
+
+
+@pytest.mark.parametrize("group_size", [None, 32, 64, 128])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("x_bits", X_BITS)
+@pytest.mark.parametrize("w_bits", W_BITS)
+def test_every_format_is_exact(w_bits, x_bits, symmetric, group_size, has_int8_dot):
+    x, w = exact_x((5, 384), x_bits, symmetric), exact_w(7, 384, w_bits, group_size)
+    expected = expected_y(x, w)
+    assert_bitwise(int_gemm(x, w, out_dtype=torch.float32), expected)
+    rows = to_layout(x, Layout.ROW_MAJOR)
+    assert_bitwise(int_gemm(rows, w, out_dtype=torch.float32), expected)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(("shape", "bits"), SHAPES.values(), ids=SHAPES)
+def test_every_shape_is_exact(shape, bits, symmetric, has_int8_dot):
+    x, w = exact_x((shape.M, shape.K), bits, symmetric), exact_w(shape.N, shape.K, bits)
+    assert_bitwise(int_gemm(x, w, out_dtype=torch.float32), expected_y(x, w))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.float16, torch.bfloat16])
+def test_bias_and_output_are_narrowed_once(bias_dtype, out_dtype):
+    x, w = exact_x((5, 64), 8, False), exact_w(7, 64, 4, 32)
+    bias = None if bias_dtype is None else torch.randint(-9, 10, (7,)).to(bias_dtype)
+    got = int_gemm(x, w, bias, out_dtype)
+    assert_bitwise(got, expected_y(x, w, bias, out_dtype))
+
+
+def test_output_is_fp16_by_default():
+    assert int_gemm(exact_x((1, 8), 4, True), exact_w(1, 8, 4)).dtype == torch.float16
+
+
+def test_sum_past_fp16_is_scaled_before_it_is_narrowed():
+    ones = torch.full((1, 4096), 7, dtype=torch.int8)  # 7 * 7 * 4096 = 200704 > 65504
+    x = PackedTensor(
+        ones, torch.full((1, 1), 2.0**-10), None, IntFormat(4), Layout.BYTES, ones.shape
+    )
+    w = to_layout(
+        PackedTensor(ones, torch.ones(1, 1), None, IntFormat(4), Layout.BYTES, ones.shape),
+        Layout.ROW_MAJOR,
+    )
+    assert int_gemm(x, w).item() == 196.0
+
+
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 1, 2), (0,), (2, 0)], ids=str)
+def test_leading_dimensions_are_kept(leading):
+    x, w = exact_x((*leading, 64), 4, False), exact_w(6, 64, 4)
+    got = int_gemm(x, w, out_dtype=torch.float32)
+    assert got.shape == (*leading, 6)
+    assert_bitwise(got, expected_y(x, w))
+
+
+@pytest.mark.parametrize(
+    ("K", "symmetric", "x_code", "zero_point", "w_code", "acc"),
+    [
+        (131071, True, -128, None, -128, 131071 * 2**14),
+        (131071, True, 127, None, -128, -131071 * 127 * 128),
+        (65793, False, 255, 0, -128, -65793 * 255 * 128),
+        (65793, False, 0, 255, -128, 65793 * 255 * 128),
+    ],
+)
+def test_largest_codes_at_the_largest_K(
+    K, symmetric, x_code, zero_point, w_code, acc, has_int8_dot
+):
+    assert abs(acc) <= INT32_MAX
+    format = IntFormat(8, symmetric)
+    x = torch.full((1, K), x_code, dtype=format.code_dtype)
+    zero_point = None if symmetric else torch.tensor([[zero_point]], dtype=torch.uint8)
+    x = PackedTensor(x, torch.ones(1, 1), zero_point, format, Layout.BYTES, x.shape)
+    w = torch.full((1, K), w_code, dtype=torch.int8)
+    w = PackedTensor(
+        w.view(torch.uint8), torch.ones(1, 1), None, IntFormat(8), Layout.ROW_MAJOR, w.shape
+    )
+    got = int_gemm(x, w, out_dtype=torch.float32)
+    assert_bitwise(got, torch.tensor([[acc]], dtype=torch.int32).float())
+
+
+@pytest.mark.parametrize("G", [1, 3])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("x_bits", X_BITS)
+@pytest.mark.parametrize("w_bits", W_BITS)
+def test_int32_bound_is_refused_one_step_past_it(w_bits, x_bits, symmetric, G):
+    largest = 2 ** (w_bits - 1) * (2 ** (x_bits - 1) if symmetric else 2**x_bits - 1)
+    longest = INT32_MAX // largest // 8 * 8  # whole bytes of packed codes
+
+    def run(group):
+        t = {"device": "meta"}
+        code_dtype = torch.int8 if symmetric else torch.uint8
+        w_row = group * G * IntFormat(w_bits).storage_bits // 8
+        return module.INT_GEMM(
+            torch.empty(2, group * G, dtype=code_dtype, **t),
+            torch.empty(2, 1, **t),
+            None if symmetric else torch.empty(2, 1, dtype=torch.uint8, **t),
+            torch.empty(3, w_row, dtype=torch.uint8, **t),
+            torch.empty(3, G, **t),
+            None,
+            x_bits,
+            False,
+            w_bits,
+            torch.float16,
+        )
+
+    assert run(longest).shape == (2, 3)
+    with pytest.raises(ValueError, match=f"overflow past {INT32_MAX // largest} elements"):
+        run(longest + 8)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("w_format", [IntFormat(4), IntFormat(4, True, 64)], ids=["row", "g64"])
+@pytest.mark.parametrize("x_format", [IntFormat(4), IntFormat(8, False)], ids=["sym4", "asym8"])
+def test_random_operands(x_format, w_format, out_dtype):
+    x = quantize(torch.randn(40, 576), x_format)
+    w = quantize(torch.randn(48, 576), w_format, layout=Layout.ROW_MAJOR)
+    bias = torch.randn(48)
+    numbers = [dequantize(t, torch.float64) for t in (x, w)]
+    in_fp64 = numbers[0] @ numbers[1].T + bias.double()
+    a, b = (t.to(out_dtype) for t in numbers)
+    in_torch = a @ b.T + bias.to(out_dtype)
+    assert_no_worse_than_torch(int_gemm(x, w, bias, out_dtype), in_torch, in_fp64, floor=0.0)
+
+
+def op_arguments(symmetric: bool = True, packed: bool = False) -> dict:
+    """A valid call of the op: M 3, N 5, K 64, 4 x 4 bits, two groups."""
+    x, w = exact_x((3, 64), 4, symmetric), exact_w(5, 64, 4, 32)
+    x = to_layout(x, Layout.ROW_MAJOR) if packed else x
+    return {
+        "x_codes": x.codes,
+        "x_scale": x.scale,
+        "x_zero_point": x.zero_point,
+        "w_codes": w.codes,
+        "w_scale": w.scale,
+        "bias": torch.ones(5),
+        "x_bits": 4,
+        "x_packed": packed,
+        "w_bits": 4,
+        "out_dtype": torch.float16,
+    }
+
+
+U8 = torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_bits": 1}, r"x_bits must be in 2\.\.8, got 1"),
+        ({"w_bits": 9}, r"w_bits must be in 2\.\.8, got 9"),
+        ({"x_codes": torch.zeros(3, 64, dtype=U8)}, r"x_codes must be torch.int8 \[M, K\]"),
+        ({"x_codes": torch.zeros(64, dtype=torch.int8)}, r"x_codes must be .* got .* \(64,\)"),
+        ({"x_packed": True}, r"x_codes must be torch.uint8 .*packed=True"),
+        ({"x_zero_point": torch.zeros(3, 1, dtype=U8)}, "x_codes must be torch.uint8 .*=False"),
+        ({"x_scale": torch.ones(3, 1).half()}, r"x_scale must be fp32 \[3, 1\]"),
+        ({"x_scale": torch.ones(3)}, r"x_scale must be fp32 \[3, 1\]"),
+        ({"w_codes": torch.zeros(5, 31, dtype=U8)}, r"w_codes must be uint8 \[N, 32\] for K = 64"),
+        ({"w_codes": torch.zeros(5, 32, dtype=torch.int8)}, "w_codes must be uint8"),
+        ({"w_scale": torch.ones(5, 2).bfloat16()}, "w_scale must be fp32 or fp16"),
+        ({"w_scale": torch.ones(4, 2)}, r"w_scale must have shape \[5, G\] with G dividing 64"),
+        ({"w_scale": torch.ones(5, 3)}, r"w_scale must have shape \[5, G\] with G dividing 64"),
+        ({"w_scale": torch.ones(5, 0)}, r"w_scale must have shape \[5, G\] with G dividing 64"),
+        ({"bias": torch.ones(4)}, r"bias must have shape \[5\]"),
+        ({"bias": torch.ones(5, dtype=torch.int32)}, "bias must be"),
+        ({"out_dtype": torch.float64}, "out_dtype must be fp32, fp16 or bf16"),
+    ],
+)
+def test_wrong_argument(change, message):
+    with pytest.raises(ValueError, match=f"int_gemm: {message}"):
+        module.INT_GEMM(*(op_arguments() | change).values())
+
+
+@pytest.mark.parametrize("zero_point", [torch.zeros(3, dtype=U8), torch.zeros(3, 1)])
+def test_wrong_zero_point(zero_point):
+    arguments = op_arguments(symmetric=False) | {"x_zero_point": zero_point}
+    with pytest.raises(ValueError, match=r"int_gemm: x_zero_point must be uint8 \[3, 1\]"):
+        module.INT_GEMM(*arguments.values())
+
+
+def test_wrong_packed_tensor():
+    x, w = exact_x((3, 64), 4, True), exact_w(5, 64, 4)
+    with pytest.raises(ValueError, match="int_gemm: w must have layout 'row_major', got 'bytes'"):
+        int_gemm(x, to_layout(w, Layout.BYTES))
+    with pytest.raises(ValueError, match=r"int_gemm: w must have shape \[N, 64\]"):
+        int_gemm(x, exact_w(5, 32, 4))
+    with pytest.raises(ValueError, match="one scale per row, got group_size 32"):
+        int_gemm(quantize(torch.ones(3, 64), IntFormat(4, True, 32)), w)
+    asymmetric = quantize(torch.ones(5, 64), IntFormat(4, False), layout=Layout.ROW_MAJOR)
+    with pytest.raises(ValueError, match="int_gemm: w must be symmetric"):
+        int_gemm(x, asymmetric)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_backend_without_a_kernel_says_so(backend):
+    with pytest.raises(RuntimeError, match=r"no (CUDA|Triton) kernel for int_gemm yet"):
+        int_gemm(exact_x((3, 64), 4, True), exact_w(5, 64, 4), backend=backend)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "bytes"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_registered(symmetric, packed):
+    assert_registered(module.INT_GEMM, *op_arguments(symmetric, packed).values())

@@ -1,0 +1,329 @@
+"""kv_attention against torch's own attention in fp64 over the dequantized cache."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import assert_bitwise, assert_no_worse_than_torch, assert_registered
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lowbit.formats import IntFormat, Layout
+from lowbit.ops import KVPages, dequantize, kv_attention, quantize
+from lowbit.ops.kv_attention import KV_ATTENTION, QUERY_CHUNK
+
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+NOWHERE = 2**30  # a page number that must never be looked up
+
+
+class Batch(NamedTuple):
+    """(cached tokens, queries) of every sequence."""
+
+    sequences: tuple[tuple[int, int], ...]
+
+
+BATCHES = {
+    "decode": Batch(((37, 1),)),
+    "decode of one": Batch(((1, 1),)),
+    "prefill": Batch(((48, 48),)),
+    "prefill of a page": Batch(((16, 16),)),
+    "prefill of many chunks": Batch(((2 * QUERY_CHUNK + 5, 2 * QUERY_CHUNK + 5),)),
+    "chunked prefill": Batch(((3 * QUERY_CHUNK, QUERY_CHUNK + 1),)),
+    "ragged": Batch(((1, 1), (37, 37), (64, 1), (65, 0), (150, 70), (0, 0), (33, 2))),
+    "ragged decode": Batch(((5, 1), (16, 1), (17, 1), (90, 1))),
+}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A filled paged cache, and the numbers in it: one [length, num_kv_heads, D] a sequence."""
+
+    pages: KVPages
+    block_table: Tensor
+    seq_lens: Tensor
+    k: list[Tensor]
+    v: list[Tensor]
+
+
+def filled(keys: list[Tensor], values: list[Tensor], bits=4, page_size=16, seed=0) -> Cache:
+    """Sequences quantized into pages in random order; every slot that holds no token is poison."""
+    lengths = [len(k) for k in keys]
+    used = [-(-length // page_size) for length in lengths]
+    order = torch.randperm(sum(used) + 2, generator=torch.Generator().manual_seed(seed)).tolist()
+    pages = KVPages.allocate(len(order), page_size, *keys[0].shape[1:], bits)
+    for t in pages.tensors:
+        t.fill_(float("nan") if t.is_floating_point() else 0xCC)
+    table = torch.full((len(keys), max(used) + 1), NOWHERE, dtype=torch.int32)
+    numbers = {"k": [], "v": []}
+    for b, length in enumerate(lengths):
+        table[b, : used[b]] = torch.tensor([order.pop() for _ in range(used[b])])
+        position = torch.arange(length)
+        where = (table[b, position // page_size].long(), position % page_size)
+        for name, x in (("k", keys[b]), ("v", values[b])):
+            t = quantize(x, IntFormat(bits, symmetric=False), 1.0, Layout.ROW_MAJOR, torch.float16)
+            getattr(pages, f"{name}_codes")[where] = t.codes
+            getattr(pages, f"{name}_scale")[where] = t.scale.squeeze(-1)
+            getattr(pages, f"{name}_zero_point")[where] = t.zero_point.squeeze(-1)
+            numbers[name].append(dequantize(t, torch.float64))
+    return Cache(pages, table, torch.tensor(lengths, dtype=torch.int32), **numbers)
+
+
+def random_cache(batch: Batch, Hkv=3, D=64, bits=4, page_size=16) -> Cache:
+    shapes = [(length, Hkv, D) for length, _ in batch.sequences]
+    keys, values = ([torch.randn(s) for s in shapes] for _ in "kv")
+    return filled(keys, values, bits, page_size)
+
+
+def query_start(batch: Batch) -> Tensor:
+    counts = torch.tensor([0, *(n for _, n in batch.sequences)])
+    return counts.cumsum(0).to(torch.int32)
+
+
+def attend(q: Tensor, cache: Cache, batch: Batch, scaling: float | None = None) -> Tensor:
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    start = query_start(batch)
+    return kv_attention(q, cache.pages, cache.block_table, cache.seq_lens, start, scaling)
+
+
+def torch_attention(q: Tensor, cache: Cache, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """scaled_dot_product_attention in dtype, sequence by sequence, the mask written out."""
+    outs, start = [], 0
+    for b, (length, n) in enumerate(batch.sequences):
+        rows = q[start : start + n].to(dtype).transpose(0, 1)
+        repeats = q.shape[1] // cache.k[b].shape[1]
+        k, v = (
+            t[b].to(dtype).transpose(0, 1).repeat_interleave(repeats, 0) for t in (cache.k, cache.v)
+        )
+        seen = torch.arange(length) <= length - n + torch.arange(n)[:, None]
+        out = scaled_dot_product_attention(rows, k, v, attn_mask=seen)
+        outs.append(out.transpose(0, 1))
+        start += n
+    return torch.cat(outs)
+
+
+def random_q(batch: Batch, Hq=9, D=64, dtype=torch.float32) -> Tensor:
+    return torch.randn(sum(n for _, n in batch.sequences), Hq, D).to(dtype)
+
+
+def assert_is_torchs(got: Tensor, q: Tensor, cache: Cache, batch: Batch):
+    exact = torch_attention(q, cache, batch, torch.float64)
+    in_torch = torch_attention(q, cache, batch, got.dtype)
+    # A few roundings of numbers of size 1: on short rows torch is now and then exact.
+    floor = 4 * torch.finfo(got.dtype).eps
+    assert_no_worse_than_torch(got, in_torch, exact, floor)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_batch(batch, dtype):
+    cache, q = random_cache(batch), random_q(batch, dtype=dtype)
+    assert_is_torchs(attend(q, cache, batch), q, cache, batch)
+
+
+@pytest.mark.parametrize("D", [2, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("Hq", "Hkv"), [(1, 1), (4, 4), (9, 3), (8, 1)])
+def test_every_head(Hq, Hkv, D):
+    batch = BATCHES["ragged"]
+    cache, q = random_cache(batch, Hkv, D), random_q(batch, Hq, D)
+    assert_is_torchs(attend(q, cache, batch), q, cache, batch)
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 16, 256])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_every_cache(bits, page_size):
+    batch = BATCHES["ragged"]
+    cache, q = random_cache(batch, bits=bits, page_size=page_size), random_q(batch)
+    assert_is_torchs(attend(q, cache, batch), q, cache, batch)
+
+
+def test_where_the_pages_lie_does_not_matter():
+    batch = BATCHES["ragged"]
+    shapes = [(length, 3, 64) for length, _ in batch.sequences]
+    keys, values = ([torch.randn(s) for s in shapes] for _ in "kv")
+    q = random_q(batch)
+    one, other = (filled(keys, values, seed=s) for s in (0, 1))
+    assert not torch.equal(one.block_table, other.block_table)
+    assert_bitwise(attend(q, one, batch), attend(q, other, batch))
+
+
+def test_sequences_do_not_see_each_other():
+    batch = BATCHES["ragged"]
+    cache, q = random_cache(batch), random_q(batch)
+    together, start = attend(q, cache, batch), query_start(batch).tolist()
+    for b, sequence in enumerate(batch.sequences):
+        alone = replace(
+            cache, block_table=cache.block_table[b : b + 1], seq_lens=cache.seq_lens[b : b + 1]
+        )
+        rows = slice(start[b], start[b + 1])
+        assert_bitwise(attend(q[rows], alone, Batch((sequence,))), together[rows])
+
+
+@pytest.mark.parametrize("first", [1, QUERY_CHUNK, 100, 159])
+def test_prefill_in_two_calls(first):
+    whole = Batch(((160, 160),))
+    cache, q = random_cache(whole), random_q(whole)
+    early = replace(cache, seq_lens=torch.tensor([first], dtype=torch.int32))
+    got = torch.cat(
+        (
+            attend(q[:first], early, Batch(((first, first),))),
+            attend(q[first:], cache, Batch(((160, 160 - first),))),
+        )
+    )
+    assert_is_torchs(got, q, cache, whole)
+
+
+@pytest.mark.parametrize("batch", [Batch(((64, 64),)), Batch(((64, 5),)), Batch(((64, 1),))])
+def test_softmax_picks_exactly_one_visible_position(batch):
+    # K[j] = 15 e_j is exact in 4 bits. A query asks for `wanted`, and even more for the position
+    # right after the last it may see: out must be V[wanted] to the bit.
+    length, n = batch.sequences[0]
+    k = 15 * torch.eye(64).repeat(3, 1, 1).transpose(0, 1)
+    v = torch.randint(0, 16, (length, 3, 64)).float()
+    v[:, :, 0], v[:, :, 1] = 0, 15
+    cache = filled([k], [v])
+    assert_bitwise(cache.v[0].float(), v)
+    last = length - n + torch.arange(n)
+    wanted = (torch.rand(n) * (last + 1)).long()
+    q = torch.zeros(n, 9, 64)
+    q[torch.arange(n), :, wanted] = 100.0
+    hidden = last + 1 < length
+    q[torch.arange(n)[hidden], :, last[hidden] + 1] = 200.0
+    expected = v[wanted].repeat_interleave(3, 1)
+    assert_bitwise(attend(q, cache, batch, scaling=1.0), expected)
+
+
+def test_equal_scores_give_the_exact_mean():
+    # q = 0: a query that sees 2^m tokens weighs each by 2^-m.
+    v = torch.randint(0, 16, (256, 1, 64)).float()
+    v[:, :, 0], v[:, :, 1] = 0, 15
+    batch = Batch(((256, 256),))
+    out = attend(torch.zeros(256, 2, 64), filled([torch.randn(256, 1, 64)], [v]), batch)
+    for m in range(9):
+        expected = v[: 2**m].mean(0).expand(2, 64)
+        assert_bitwise(out[2**m - 1], expected)
+
+
+@pytest.mark.parametrize("scaling", [0.25, 1.0, -0.5])
+def test_scaling(scaling):
+    batch = Batch(((40, 8),))
+    cache, q = random_cache(batch), random_q(batch)
+    exact = torch_attention(q.double() * (scaling * math.sqrt(64)), cache, batch, torch.float64)
+    in_torch = torch_attention(q * (scaling * math.sqrt(64)), cache, batch, torch.float32)
+    assert_no_worse_than_torch(attend(q, cache, batch, scaling), in_torch, exact, floor=2.0**-21)
+
+
+def test_query_that_sees_nothing_gets_zero():
+    batch = Batch(((3, 5), (0, 2), (4, 4)))
+    cache = random_cache(batch)
+    q = random_q(batch)
+    got = attend(q, cache, batch)
+    assert not got[[0, 1, 5, 6]].any()
+    rest = replace(cache, block_table=cache.block_table[::2], seq_lens=cache.seq_lens[::2])
+    expected = attend(q[[2, 3, 4, 7, 8, 9, 10]], rest, Batch(((3, 3), (4, 4))))
+    assert_bitwise(got[[2, 3, 4, 7, 8, 9, 10]], expected)
+
+
+def test_rows_of_no_sequence_get_zero():
+    batch = Batch(((20, 2),))
+    cache, q = random_cache(batch), torch.randn(6, 9, 64)
+    got = attend(q, cache, batch)
+    assert_bitwise(got[:2], attend(q[:2], cache, batch))
+    assert not got[2:].any()
+
+
+@pytest.mark.parametrize("T", [0, 3])
+def test_no_sequences(T):
+    cache = random_cache(Batch(((4, 1),)))
+    none = torch.zeros(0, 1, dtype=torch.int32)
+    start = torch.zeros(1, dtype=torch.int32)
+    out = kv_attention(torch.ones(T, 9, 64), cache.pages, none, none[:, 0], start, 0.125)
+    assert out.shape == (T, 9, 64) and not out.any()
+
+
+def test_token_that_is_not_finite_reaches_only_who_sees_it():
+    batch = Batch(((30, 1), (30, 1), (20, 1)))
+    cache, q = random_cache(batch), random_q(batch)
+    expected = attend(q, cache, batch)
+    cache.pages.v_scale[cache.block_table[1, 0].long(), 3, 1] = float("nan")
+    got = attend(q, cache, batch)
+    assert got[1, 3:6].isnan().all()
+    got[1, 3:6] = expected[1, 3:6]
+    assert_bitwise(got, expected)
+    early = replace(cache, seq_lens=torch.tensor([30, 3, 20], dtype=torch.int32))
+    assert attend(q, early, batch).isfinite().all()
+
+
+def test_inputs_are_left_alone():
+    batch = BATCHES["ragged"]
+    cache, q = random_cache(batch), random_q(batch)
+    kept, pages = q.clone(), [t.clone() for t in cache.pages.tensors]
+    attend(q, cache, batch)
+    assert_bitwise((q, *cache.pages.tensors), (kept, *pages))
+
+
+def test_sequence_longer_than_its_pages():
+    batch = Batch(((20, 1),))
+    cache, q = random_cache(batch), random_q(batch)
+    cut = replace(cache, block_table=cache.block_table[:, :1])
+    with pytest.raises(ValueError, match="sequence 0 has 20 tokens, more than the 1 pages of 16"):
+        attend(q, cut, batch)
+
+
+def op_arguments() -> dict:
+    """A valid call of the op: two sequences, 3 queries in all."""
+    batch = Batch(((20, 2), (5, 1)))
+    cache = random_cache(batch)
+    names = ("k_codes", "k_scale", "k_zero_point", "v_codes", "v_scale", "v_zero_point")
+    return {
+        "q": random_q(batch),
+        **dict(zip(names, cache.pages.tensors, strict=True)),
+        "block_table": cache.block_table,
+        "seq_lens": cache.seq_lens,
+        "query_start": query_start(batch),
+        "bits": 4,
+        "scaling": 0.125,
+    }
+
+
+I32 = torch.int32
+SHAPES = r"must have shapes \[B, P\], \[B\] and \[B \+ 1\]"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(3, 576)}, r"q must have shape \[T, num_q_heads, head_dim\]"),
+        ({"q": torch.zeros(3, 9, 64).long()}, "q must be .* got torch.int64"),
+        ({"q": torch.zeros(3, 8, 64)}, "k_codes must have shape .* num_kv_heads dividing 8"),
+        ({"q": torch.zeros(3, 9, 80)}, r"k_codes must be torch.uint8 of shape \(.*, 16, 3, 40\)"),
+        ({"bits": 8}, r"k_codes must be torch.uint8 of shape \(.*, 16, 3, 64\)"),
+        ({"bits": 1}, r"bits must be in 2\.\.8, got 1"),
+        ({"v_scale": torch.zeros(5, 16, 3)}, "v_scale must be torch.float16"),
+        ({"block_table": torch.zeros(2, 3).long()}, "block_table must be int32"),
+        ({"seq_lens": torch.ones(2).long()}, "seq_lens must be int32"),
+        ({"query_start": torch.zeros(3).long()}, "query_start must be int32"),
+        ({"block_table": torch.zeros(2, dtype=I32)}, f".*{SHAPES}"),
+        ({"seq_lens": torch.zeros(3, dtype=I32)}, f".*{SHAPES}"),
+        ({"query_start": torch.zeros(2, dtype=I32)}, f".*{SHAPES}"),
+    ],
+)
+def test_wrong_argument(change, message):
+    with pytest.raises(ValueError, match=f"kv_attention: {message}"):
+        KV_ATTENTION(*(op_arguments() | change).values())
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_backend_without_a_kernel_says_so(backend):
+    with pytest.raises(RuntimeError, match=r"no (CUDA|Triton) kernel for kv_attention yet"):
+        KV_ATTENTION(*op_arguments().values(), backend=backend)
+
+
+def test_registered():
+    assert_registered(KV_ATTENTION, *op_arguments().values())

@@ -1,0 +1,58 @@
+"""QuantMLP: one quantization per input, the fused down_proj input, and what it refuses."""
+
+import pytest
+import torch
+from packed import pack_weight, packed_llama
+from transformers.activations import ACT2FN
+
+from lowbit.errors import InputError
+from lowbit.formats import IntFormat
+from lowbit.nn import QuantLinear, QuantMLP
+from lowbit.nn.mlp import ACTIVATIONS
+from lowbit.transforms.online import OnlineTransform
+
+
+def mlp(kind="hadamard", act="silu", bits=8, down=None):
+    torch.manual_seed(0)
+    down = OnlineTransform(kind, 96) if kind and down is None else down
+    gate, up, down = (
+        QuantLinear.from_packed(
+            pack_weight(torch.randn(n, k) / 8, IntFormat(8)), None, IntFormat(bits), 1.0, transform
+        )
+        for n, k, transform in ((96, 64, None), (96, 64, None), (64, 96, down))
+    )
+    return QuantMLP(gate, up, down, act)
+
+
+@pytest.mark.parametrize("kind", [None, "hadamard", "hartley"])
+@pytest.mark.parametrize("act", sorted(ACTIVATIONS))
+def test_equals_its_linears_one_by_one(kind, act):
+    """The fused op is act, product, rotation and quantizer of fp32: linears give the same."""
+    module, x = mlp(kind, act), torch.randn(2, 5, 64)
+    hidden = ACT2FN[act](module.gate_proj(x)) * module.up_proj(x)
+    expected = module.down_proj(hidden)
+    # torch's gelu and the op's may differ in the last bit, which can move a code by one step
+    step = expected.abs().max() / 127
+    torch.testing.assert_close(module(x), expected, rtol=0, atol=step.item())
+
+
+def test_names_stay_those_of_the_model():
+    model = packed_llama("w4a8", bias=True)
+    module = model.model.layers[0].mlp
+    assert isinstance(module, QuantMLP)
+    names = {name for name in model.state_dict() if name.startswith("model.layers.0.mlp.")}
+    assert names == {
+        f"model.layers.0.mlp.{linear}_proj.{part}"
+        for linear in ("gate", "up", "down")
+        for part in ("codes", "scale", "bias")
+    }
+
+
+def test_bad_input_is_named():
+    with pytest.raises(InputError, match="hidden_act must be one of .* got 'mish'"):
+        mlp(act="mish")
+    with pytest.raises(InputError, match="must have inner 1, got 8"):
+        mlp(down=OnlineTransform("hadamard", 12, 8))
+    good, other = mlp(), mlp(bits=4)
+    with pytest.raises(InputError, match="MLP that share an input"):
+        QuantMLP(good.gate_proj, other.up_proj, good.down_proj, "silu")
