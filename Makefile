@@ -54,7 +54,7 @@ table: $(READY)
 	$(BIN)/lowbit table
 
 figure: $(READY)
-	$(BIN)/lowbit plot
+	$(BIN)/lowbit plot -o docs/figures/activations.png
 
 clean:
 	rm -rf .venv build dist lowbit.egg-info .pytest_cache .ruff_cache

@@ -12,6 +12,7 @@ import math
 import sys
 import warnings
 
+import huggingface_hub
 import transformers
 
 from lowbit import commands, demo
@@ -23,6 +24,8 @@ from lowbit.ops.dispatch import BACKENDS, NoBackendError
 from lowbit.recipes import RECIPES, Calibration
 
 USER_ERROR, INTERRUPTED = 2, 130
+MODEL_HELP = f"a local folder, a hub name (owner/name) or {PACKAGED}"
+SAVED_HELP = f"a folder that lowbit saved, or a model: {MODEL_HELP}"
 EXAMPLES = """examples:
   lowbit quantize smollm2-135m --recipe quarot --format w4a4kv4 -o smollm2-w4a4kv4
   lowbit eval smollm2-w4a4kv4 --text wiki.test.txt --json
@@ -75,7 +78,7 @@ def parser() -> Parser:
     _model_options(p)
 
     p = command("generate", commands.run_generate, "Continue a prompt.")
-    p.add_argument("model", metavar="DIR", help=f"a folder lowbit saved, or a model: {MODEL_HELP}")
+    p.add_argument("model", metavar="DIR", help=SAVED_HELP)
     p.add_argument("prompt", help="the text to continue")
     p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
     p.add_argument("--temperature", type=float, default=0.0, help="0 (default): no sampling")
@@ -107,9 +110,6 @@ def parser() -> Parser:
     p.add_argument("-o", "--output", default="out/smollm2-135m-w4a4kv4", metavar="DIR")
     p.add_argument("--limit", type=int, default=3, metavar="N", help="windows (default: 3)")
     return top
-
-
-MODEL_HELP = f"a local folder, a hub name or {PACKAGED}"
 
 
 def _model_options(p: Parser, dtype: bool = True):
@@ -186,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     keep_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     # What a library prints must not reach the stdout of a program that reads JSON there.

@@ -197,7 +197,8 @@ def _quantize_block(
             rounded = dequantize(weight)
             if hessian is not None:
                 lost = quadratic_error(linear.weight - rounded, hessian)
-                report["relative_error"] = lost / quadratic_error(linear.weight, hessian)
+                whole = quadratic_error(linear.weight, hessian)
+                report["relative_error"] = lost / whole if whole else 0.0  # all-zero weights
                 bar.set_postfix_str(f"{name} error {report['relative_error']:.4f}")
             linear.weight.copy_(rounded)
             results[name] = weight, report

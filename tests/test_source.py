@@ -49,6 +49,8 @@ def test_unknown_models(tmp_path, folder):
         load_source(folder / "config.json")
     with pytest.raises(InputError, match=f"unknown model 'smolm2-135'.*did you mean '{PACKAGED}'"):
         load_source("smolm2-135")
+    with pytest.raises(InputError, match="unknown model 'gpt2': expected a local folder, a hub"):
+        load_source("gpt2")
     with pytest.raises(InputError, match="unknown model 'nobody/nothing'"):
         load_source("nobody/nothing")
 

@@ -1,15 +1,18 @@
-"""The published papers' simulation: quantize-dequantize in floating point, ordinary modules.
+"""The published papers' simulation: quantized numbers as floats in ordinary modules.
 
-    linear      F.linear(fake_quantize(x R), dequantized codes, bias)
-    attention   transformers' sdpa over fake_quantize(k R), fake_quantize(v) and q R
+    linear      codes of the input times codes of the weight, as floats, then both scales
+    attention   softmax(q R . fake_quantize(k R)) fake_quantize(v)
 
-It shares the codes of the weights with the packed model and no arithmetic: rotations are dense
-products, quantizers are the formulas below, K and V stay in an ordinary cache and are quantized
-when they are read. fp32 throughout, whatever the model's dtype, so that the packed model differs by
-the order of fp32 sums, and where that moves a value across a rounding boundary by one step.
+No packing, no integer arithmetic, no pages: K and V stay in an ordinary cache and are quantized
+when they are read. fp32 throughout, whatever the model's dtype.
+
+A paper's code multiplies dequantized operands; here the scales stay outside the sum, in the order
+of the ops' contracts. Sums of codes are exact in any order (fp64 where fp32 would round), so an
+fp32 model on the reference backend gives the same bits packed and simulated, and any difference a
+kernel shows is its own. Without that, one rounding on a code's boundary moves a whole step, and
+thirty layers later the two are as far apart as two random seeds. The textbook order differs from
+this one by fp32 rounding: tests/test_fake_quant.py.
 """
-
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -19,65 +22,92 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lowbit.errors import InputError
-from lowbit.formats import MIN_SCALE, IntFormat
+from lowbit.formats import MIN_SCALE, IntFormat, Layout
 from lowbit.nn.attention import PROJECTIONS, QuantAttention
-from lowbit.nn.linear import QuantLinear
+from lowbit.nn.linear import QuantLinear, rotation_matrix
 from lowbit.nn.mlp import QuantMLP
-from lowbit.ops import dequantize
+from lowbit.ops import dequantize, hadamard, to_layout
+from lowbit.ops.kv_attention import attend
 from lowbit.transforms.online import OnlineTransform
 
 IMPLEMENTATION = "lowbit_fake"
+EXACT_FP32 = 2**24  # integers up to here are exact in fp32, and so are their sums
+
+
+def fake_codes(
+    x: Tensor, grid: IntFormat, clip: float = 1.0, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """(code - zero point, scale [..., 1]) as floats, one scale per row: fake_quantize's factors."""
+    levels = 2.0**grid.bits - 1
+    if grid.symmetric:
+        largest = 2.0 ** (grid.bits - 1) - 1
+        scale = clip * x.abs().amax(-1, keepdim=True) / largest
+        scale = scale.clamp(min=MIN_SCALE).to(scale_dtype).to(x.dtype)
+        return torch.clamp((x / scale).round(), -largest - 1, largest), scale
+    high = clip * x.amax(-1, keepdim=True).clamp(min=0)
+    low = clip * x.amin(-1, keepdim=True).clamp(max=0)
+    scale = ((high - low) / levels).clamp(min=MIN_SCALE).to(scale_dtype).to(x.dtype)
+    zero = (-low / scale).round().clamp(0, levels)
+    return torch.clamp((x / scale).round() + zero, 0, levels) - zero, scale
 
 
 def fake_quantize(
     x: Tensor, grid: IntFormat, clip: float = 1.0, scale_dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """x on the grid of `grid`, one scale per row, as a tensor of the dtype of x."""
-    levels = 2.0**grid.bits - 1
-    if grid.symmetric:
-        largest = 2.0 ** (grid.bits - 1) - 1
-        scale = clip * x.abs().amax(-1, keepdim=True) / largest
-        scale = scale.clamp(min=MIN_SCALE).to(scale_dtype).to(x.dtype)
-        return scale * torch.clamp((x / scale).round(), -largest - 1, largest)
-    high = clip * x.amax(-1, keepdim=True).clamp(min=0)
-    low = clip * x.amin(-1, keepdim=True).clamp(max=0)
-    scale = ((high - low) / levels).clamp(min=MIN_SCALE).to(scale_dtype).to(x.dtype)
-    zero = (-low / scale).round().clamp(0, levels)
-    return scale * (torch.clamp((x / scale).round() + zero, 0, levels) - zero)
-
-
-@cache
-def _dense(transform: OnlineTransform, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return transform.dense().to(device, dtype)
+    codes, scale = fake_codes(x, grid, clip, scale_dtype)
+    return scale * codes
 
 
 def rotate(x: Tensor, transform: OnlineTransform | None) -> Tensor:
-    """x (I (x) R (x) I_inner) as one dense product with R."""
+    """x (I (x) R (x) I_inner)."""
     if transform is None:
         return x
-    blocks = x.unflatten(-1, (-1, transform.order, transform.inner))
-    dense = _dense(transform, x.dtype, x.device)
-    return torch.einsum("...ai,ab->...bi", blocks, dense).flatten(-3)
+    matrix = rotation_matrix(transform, x.device)
+    return hadamard(x, transform.order, transform.inner, matrix, backend="reference")
 
 
 class FakeQuantLinear(nn.Module):
-    """A linear layer in fp32 over the numbers that a QuantLinear's codes stand for."""
+    """A linear layer in fp32 over the numbers that a QuantLinear's codes stand for.
+
+    weight  fp32 [N, K]: dequantized where the input is not quantized, else the codes alone, which
+            `scale` [N, G] then multiplies outside the sum over each group
+    """
 
     def __init__(self, linear: QuantLinear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.activation_format = linear.activation_format
         self.activation_clip, self.transform = linear.activation_clip, linear.transform
-        weight = dequantize(linear.packed_weight, torch.float32)
+        packed = linear.packed_weight
+        if self.activation_format is None:
+            weight, self.scale = dequantize(packed, torch.float32), None
+        else:
+            weight = to_layout(packed, Layout.BYTES).codes.float()
+            self.scale = nn.Buffer(packed.scale.detach().float())
+            largest = 2.0 ** (packed.format.bits - 1 + self.activation_format.bits)
+            exact = largest * self.in_features <= EXACT_FP32
+            self.sum_dtype = torch.float32 if exact else torch.float64
         self.weight = nn.Parameter(weight, requires_grad=False)
         bias = None if linear.bias is None else linear.bias.float()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = rotate(x.to(self.weight.dtype), self.transform)
-        if self.activation_format is not None:
-            y = fake_quantize(y, self.activation_format, self.activation_clip)
-        return F.linear(y, self.weight, self.bias).to(x.dtype)
+        if self.activation_format is None:
+            return F.linear(y, self.weight, self.bias).to(x.dtype)
+        codes, x_scale = fake_codes(y, self.activation_format, self.activation_clip)
+        groups = self.scale.shape[1]
+        total = 0
+        for x_group, w_group, w_scale in zip(
+            codes.to(self.sum_dtype).chunk(groups, -1),
+            self.weight.to(self.sum_dtype).chunk(groups, -1),
+            self.scale.unbind(1),
+            strict=True,
+        ):
+            total = total + F.linear(x_group, w_group).to(y.dtype) * w_scale
+        total = total * x_scale
+        return (total if self.bias is None else total + self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -91,15 +121,26 @@ def fake_attention(
     attention_mask: Tensor | None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa attention over fake-quantized K and V; q, k, v [B, heads, length, D]."""
+    """Attention over fake-quantized K and V; q, k, v [B, heads, length, D].
+
+    Plain causal calls run the reference's own sums; a mask (padding, chunks) goes through
+    transformers' sdpa, equal to fp32 rounding.
+    """
     kv, clip, transform = module.fake_kv
     dtype, compute = query.dtype, torch.promote_types(query.dtype, torch.float32)
     query, key, value = (t.to(compute) for t in (query, key, value))
     query = rotate(query, transform)
     key = fake_quantize(rotate(key, transform), kv, clip, torch.float16)
     value = fake_quantize(value, kv, clip, torch.float16)
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return out.to(dtype), None
+    if attention_mask is not None:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return out.to(dtype), None
+    token_major = (t.transpose(1, 2).contiguous() for t in (query, key, value))
+    rows = [
+        attend(q, k.transpose(0, 1), v.transpose(0, 1), module.scaling)
+        for q, k, v in zip(*token_major, strict=True)
+    ]
+    return torch.stack(rows).to(dtype), None
 
 
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

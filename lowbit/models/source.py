@@ -72,6 +72,8 @@ def resolve(name: str) -> str:
         raise InputError(f"model {name!r} must be a folder with a {CONFIG_FILE}, got a file")
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise InputError(f"model folder {name!r} does not exist")
+    if "/" not in name:
+        raise InputError(_unknown(name))
     return name
 
 
@@ -160,9 +162,13 @@ def _cannot_load(name: str, error: Exception) -> str:
         )
     if Path(name).expanduser().is_dir():
         return f"model folder {name!r} cannot be loaded: {reason}"
+    return f"{_unknown(name)} ({reason[:200]})"
+
+
+def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), [PACKAGED], 1, 0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return (
-        f"unknown model {name!r}: expected a local folder, a hub name or {PACKAGED!r}{hint} "
-        f"({reason[:200]})"
+        f"unknown model {name!r}: expected a local folder, a hub name (owner/name) or "
+        f"{PACKAGED!r}{hint}"
     )

@@ -23,16 +23,11 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def padding_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function=causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **_kwargs,
+    *, mask_function=causal_mask_function, attention_mask: Tensor | None = None, **_unused
 ) -> Tensor | None:
-    """The mask QuantAttention takes: [B, kv_length], true for tokens; None where there is no pad.
+    """What QuantAttention takes as attention_mask: bool [B, columns], true for tokens, or None.
 
-    transformers calls it with more than it needs.
+    transformers calls it with more than it needs, by keyword, in other words in each version.
     """
     if mask_function is not causal_mask_function:
         raise InputError(

@@ -61,7 +61,7 @@ class QuantLayer(CacheLayerMixin):
         return self.table.max_length
 
     def get_max_cache_shape(self) -> int:
-        """What get_max_length was called before transformers 5.17."""
+        """The name of get_max_length in earlier transformers 5 releases."""
         return self.table.max_length
 
     def reset(self):
@@ -127,6 +127,9 @@ class QuantKVCache(Cache):
         """Every layer holds the same columns; false after a forward that was interrupted."""
         return len({layer.length for layer in self.layers}) == 1
 
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.table.max_length
+
     @property
     def batch_size(self) -> int:
         return len(self.table.counts) or -1
@@ -146,12 +149,11 @@ class QuantKVCache(Cache):
         super().reset()
 
     def crop(self, tokens_to_remove: int):
-        """Forget the last -tokens_to_remove columns, as transformers counts them: at most 0."""
-        if tokens_to_remove > 0:
-            raise InputError(
-                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
-            )
-        copies = self.table.crop(-tokens_to_remove)
+        """Forget the last -tokens_to_remove columns; a positive number is the length to keep, as
+        transformers had it before 5.18."""
+        keep = int(tokens_to_remove)
+        removed = -keep if keep <= 0 else max(self.table.length - keep, 0)
+        copies = self.table.crop(removed)
         for layer in self.layers:
             layer.length = min(layer.length, self.table.length)
             layer.copy(*copies)

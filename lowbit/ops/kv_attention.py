@@ -109,11 +109,11 @@ def _reference(
                 (v_codes, v_scale, v_zero_point),
             )
         )
-        out[rows] = _attend(q[rows].to(compute), k, v, scaling)
+        out[rows] = attend(q[rows].to(compute), k, v, scaling)
     return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     """The last n of L positions, q [n, num_q_heads, D], over k, v [num_kv_heads, L, D]; as q."""
     (n, num_q_heads, head_dim), (num_kv_heads, length, _) = q.shape, k.shape
     # The query heads of a KV head are stacked as rows, so that K and V are read once and as is.

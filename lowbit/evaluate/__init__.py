@@ -1,0 +1,1 @@
+"""Text, perplexity, tables, figures, sizes, and the fake-quantized twin of a packed model."""

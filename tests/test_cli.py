@@ -1,0 +1,247 @@
+"""The command line as a user meets it: stdout, stderr and the exit code."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import tiny_llama, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+
+from lowbit import cli
+from lowbit.evaluate.text import manual_text
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "tiny"
+    tiny_llama().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(source):
+    path = source.parent / "packed"
+    assert cli.main(["quantize", str(source), *RTN, "-o", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(manual_text()[:2000].encode("ascii", "replace").decode())  # a token each
+    return path
+
+
+RTN = ["--recipe", "quarot-rtn", "--format", "w4a4kv4"]
+WINDOWS = ["--window", "64", "--limit", "3"]
+
+
+def lowbit(*args):
+    """(exit code, stdout, stderr) of a process of its own."""
+    command = [sys.executable, "-m", "lowbit.cli", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def in_process(capsys, *args):
+    """The same in this process, for the many cases that differ only in their arguments."""
+    capsys.readouterr()
+    try:
+        code = cli.main([*map(str, args)])
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def assert_one_line(result, *parts):
+    """Exit code 2, nothing on stdout, one line on stderr (progress bars before it aside)."""
+    code, out, err = result
+    lines = [line for line in err.splitlines() if line.strip() and "%|" not in line]
+    assert code == 2 and out == "", (code, out, err)
+    assert len(lines) == 1 and lines[0].startswith("lowbit: error: "), err
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_quantize_eval_generate(capsys, tmp_path, source, text):
+    out = tmp_path / "packed"
+    code, stdout, stderr = lowbit("quantize", source, *RTN, "-o", out, "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["format"] == "w4a4kv4" and "quantize" in stderr
+    code, stdout, _ = in_process(capsys, "eval", out, "--text", text, *WINDOWS, "--json")
+    result = json.loads(stdout)
+    assert code == 0 and result["windows"] == len(result["window_nll"]) == 3
+    code, stdout, _ = in_process(capsys, "eval", out, "--text", text, *WINDOWS)
+    assert code == 0 and f"perplexity {result['perplexity']:.4f}" in stdout
+    code, stdout, _ = in_process(capsys, "generate", out, "Once", "--max-new-tokens", "5")
+    assert code == 0 and stdout.startswith("Once")
+
+
+def test_packed_equals_fake_and_differs_from_full_precision(capsys, source, packed, text):
+    found = {}
+    for name, args in {"packed": [packed], "fake": [packed, "--fake"], "full": [source]}.items():
+        code, out, err = in_process(capsys, "eval", *args, "--text", text, *WINDOWS, "--json")
+        assert code == 0, err
+        found[name] = json.loads(out)
+    assert [r["kind"] for r in found.values()] == ["packed", "fake", "full precision"]
+    ppl = {name: r["perplexity"] for name, r in found.items()}
+    assert ppl["packed"] == pytest.approx(ppl["fake"], rel=1e-3)
+    assert abs(ppl["packed"] / ppl["full"] - 1) > 1e-3
+
+
+def test_generate_is_deterministic_and_counts(capsys, packed):
+    args = ("generate", packed, "Once upon", "--max-new-tokens", 4, "--json")
+    first, second = (json.loads(in_process(capsys, *args)[1]) for _ in range(2))
+    assert first["completion"] == second["completion"] and 1 <= first["new_tokens"] <= 4
+    sampled = in_process(capsys, *args, "--temperature", 1.0, "--seed", 3)
+    assert sampled[0] == 0 and json.loads(sampled[1])["prompt"] == "Once upon"
+
+
+def test_gptq_calibrates_on_a_file(capsys, tmp_path, source, text):
+    args = ("--calibration", text, "--samples", 2, "--length", 32, "-o", tmp_path / "gptq")
+    code, out, err = in_process(capsys, "quantize", source, "--recipe", "gptq", *args, "--json")
+    assert code == 0, err
+    assert json.loads(out)["report"]["calibration"] == [2, 32]
+
+
+def test_table_and_plot(capsys, tmp_path, source, text):
+    args = ("--recipe", "rtn", "--format", "w8a8", "--text", text, *WINDOWS)
+    small = ("--samples", 1, "--length", 32)
+    code, out, err = in_process(capsys, "table", source, *args, *small, "--json")
+    assert code == 0, err
+    assert [row["recipe"] for row in json.loads(out)["rows"]] == ["rtn"]
+    code, out, _ = in_process(capsys, "table", source, *args, *small)
+    assert code == 0 and "| rtn | w8a8 |" in out
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "new" / "figure.png"
+    args = ("--block", 1, "--tokens", 16, "--text", text, "-o", figure)
+    code, out, err = in_process(capsys, "plot", source, *args)
+    assert code == 0 and figure.read_bytes().startswith(b"\x89PNG"), err
+
+
+def test_doctor_and_help(capsys):
+    code, out, _ = in_process(capsys, "doctor", "--json")
+    assert code == 0 and "hadamard" in json.loads(out)["ops"]
+    code, out, _ = in_process(capsys, "--help")
+    assert code == 0
+    for command in ("quantize", "eval", "generate", "table", "plot", "doctor", "demo"):
+        assert command in out
+        assert in_process(capsys, command, "--help")[0] == 0
+
+
+def test_json_never_holds_nan():
+    assert cli.finite({"a": [float("nan"), 1.0, (float("inf"),)]}) == {"a": [None, 1.0, [None]]}
+
+
+MISTAKES = {
+    "format": (["quantize", "S", "--format", "w4b4", "-o", "O"], ["'w4b4'", "w<bits>", "nearest"]),
+    "recipe": (["quantize", "S", "--recipe", "quarrot", "-o", "O"], ["'quarrot'", "'quarot'"]),
+    "model": (["quantize", "smollm-135m", "-o", "O"], ["'smollm-135m'", "did you mean"]),
+    "folder": (["eval", "./missing"], ["'./missing' does not exist"]),
+    "group": (["quantize", "S", "--format", "w4a16g128", "-o", "O"], ["must divide", "got 128"]),
+    "output": (["quantize", "S", "-o", "S"], ["exists", "--overwrite"]),
+    "text": (["eval", "P", "--text", "missing.txt"], ["'missing.txt' does not exist"]),
+    "short text": (["eval", "P", "--text", "T"], ["expected at least 2048 tokens, got 2000"]),
+    "short calibration": (
+        ["quantize", "S", "--calibration", "T", "-o", "O"],
+        ["shorter than one window", "at least 2048 tokens, got 2000"],
+    ),
+    "window": (["eval", "P", "--window", "1"], ["window must be at least 2 tokens, got 1"]),
+    "limit": (["eval", "P", "--text", "T", "--window", "8", "--limit", "0"], ["limit", "got 0"]),
+    "fake": (["eval", "S", "--fake"], ["--fake needs a checkpoint"]),
+    "backend": (
+        ["eval", "P", "--text", "T", *WINDOWS, "--backend", "cuda"],
+        ["backend 'cuda' was asked for and cannot run this call", "no CUDA kernel for"],
+    ),
+    "prompt": (
+        ["generate", "P", "x" * 250, "--max-new-tokens", "10"],
+        ["prompt longer than the cache: expected at most 246 tokens", "got 250"],
+    ),
+    "empty prompt": (["generate", "P", ""], ["prompt must hold at least one token"]),
+    "chat": (["generate", "P", "hello", "--chat"], ["--chat needs", "chat template"]),
+    "already packed": (["quantize", "P", "-o", "O"], ["full precision", "quantized by 'lowbit'"]),
+    "device": (["eval", "P", "--device", "tpu9"], ["device must be", "'tpu9'"]),
+    "block": (["plot", "S", "--block", "2", "-o", "O"], ["block must be in 0..1, got 2"]),
+    "option": (["eval", "P", "--window", "x"], ["argument --window: invalid int value: 'x'"]),
+    "command": (["quantise"], ["invalid choice: 'quantise'"]),
+    "no command": ([], ["COMMAND"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line(capsys, tmp_path, source, packed, text, mistake):
+    args, parts = MISTAKES[mistake]
+    places = {"S": source, "P": packed, "T": text, "O": tmp_path / "out"}
+    result = in_process(capsys, *(places.get(arg, arg) for arg in args))
+    assert_one_line(result, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def damaged(folder, target, change):
+    """A copy of a model folder with its tensors changed in place."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path, packed):
+    truncated = tmp_path / "truncated"
+    shutil.copytree(packed, truncated)
+    data = (truncated / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(data[:1000])
+    assert_one_line(lowbit("generate", truncated, "x"), "must be a whole safetensors file")
+
+
+def test_damaged_checkpoints_are_one_line(capsys, tmp_path, packed):
+    name = "model.layers.0.mlp.up_proj.codes"
+
+    def cut(tensors):
+        tensors[name] = tensors[name][:-1].clone()
+
+    missing = damaged(packed, tmp_path / "missing", lambda t: t.pop(name))
+    assert_one_line(in_process(capsys, "eval", missing), f"missing tensor {name}")
+    wrong = damaged(packed, tmp_path / "wrong", cut)
+    assert_one_line(in_process(capsys, "eval", wrong), f"{name} must have shape", "got (95, 32)")
+    config = json.loads((missing / "config.json").read_text())
+    config["quantization_config"]["version"] = 99
+    (missing / "config.json").write_text(json.dumps(config))
+    assert_one_line(in_process(capsys, "eval", missing), "version must be at most", "got 99")
+
+
+def test_nan_in_weights_or_calibration(capsys, tmp_path, source, text):
+    def poison(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+
+    def overflow(tensors):
+        for name in ("gate_proj", "up_proj"):
+            tensors[f"model.layers.0.mlp.{name}.weight"].fill_(1e25)
+
+    out = tmp_path / "out"
+    poisoned = damaged(source, tmp_path / "nan", poison)
+    result = in_process(capsys, "quantize", poisoned, *RTN, "-o", out)
+    assert_one_line(result, "weights must be finite", "model.layers.1.mlp.up_proj.weight")
+    overflowing = damaged(source, tmp_path / "inf", overflow)
+    small = ("--calibration", text, "--samples", 2, "--length", 32)
+    result = in_process(capsys, "quantize", overflowing, "--recipe", "gptq", *small, "-o", out)
+    assert_one_line(result, "calibration activations must be finite", "block 0")
+    assert not out.exists()
+
+
+def test_a_failed_run_with_overwrite_leaves_the_old_folder(capsys, tmp_path, source, packed):
+    target = tmp_path / "target"
+    shutil.copytree(packed, target)
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    args = ("--overwrite", "--format", "w4a16g128", "-o", target)
+    assert_one_line(in_process(capsys, "quantize", source, *args), "must divide")
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    args = ("--overwrite", "--recipe", "rtn", "--format", "w8a8", "-o", target)
+    assert in_process(capsys, "quantize", source, *args)[0] == 0
+    assert (
+        json.loads((target / "config.json").read_text())["quantization_config"]["recipe"] == "rtn"
+    )
