@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 READY := .venv/.ready
-SOURCES := lowbit kernels tests benchmarks setup.py
+SOURCES := $(wildcard lowbit kernels tests benchmarks setup.py)
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
 
 .PHONY: help setup demo test test-slow lint format table figure clean

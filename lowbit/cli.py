@@ -108,7 +108,7 @@ def parser() -> Parser:
 
     p = command("demo", demo.run, "Quantize SmolLM2-135M to w4a4kv4, run it, compare.")
     p.add_argument("-o", "--output", default="out/smollm2-135m-w4a4kv4", metavar="DIR")
-    p.add_argument("--limit", type=int, default=3, metavar="N", help="windows (default: 3)")
+    p.add_argument("--limit", type=int, default=2, metavar="N", help="windows (default: 2)")
     return top
 
 

@@ -10,8 +10,10 @@ import torch
 from models import tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
-from lowbit import cli
+from lowbit import cli, demo
 from lowbit.evaluate.text import manual_text
+from lowbit.models.source import load_source
+from lowbit.recipes import Calibration
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,17 @@ def test_table_and_plot(capsys, tmp_path, source, text):
     args = ("--block", 1, "--tokens", 16, "--text", text, "-o", figure)
     code, out, err = in_process(capsys, "plot", source, *args)
     assert code == 0 and figure.read_bytes().startswith(b"\x89PNG"), err
+
+
+def test_demo(capsys, tmp_path, source, monkeypatch):
+    monkeypatch.setattr(demo, "load_source", lambda name, dtype: load_source(source, dtype))
+    monkeypatch.setattr(demo, "WINDOW", 64)
+    monkeypatch.setattr(demo, "CALIBRATION", Calibration(2, 32))
+    code, out, err = in_process(capsys, "demo", "-o", tmp_path / "out", "--limit", 2)
+    assert code == 0, err
+    assert "| quarot | w4a4kv4 |" in out and "bf16" in out and demo.PROMPT in out
+    code, out, err = in_process(capsys, "demo", "-o", tmp_path / "out", "--limit", 2, "--json")
+    assert code == 0 and len(json.loads(out)["rows"]) == len(demo.RECIPES), err
 
 
 def test_doctor_and_help(capsys):

@@ -132,7 +132,12 @@ def test_shapes_and_strides():
     assert got.shape == (2, 3, 4, 64) and got.scale.shape == (2, 3, 4, 1)
     assert_bitwise((got.codes.view(24, 64), got_h.view(24, 64)), (expected.codes, h))
     columns = x.T.contiguous().T, residual.T.contiguous().T
-    assert_bitwise(rmsnorm_quant(columns[0], IntFormat(4), columns[1]), (expected, h))
+    for r in (columns[1], None):
+        got, got_h = rmsnorm_quant(columns[0], IntFormat(4), r)
+        assert_bitwise(
+            (got, got_h), rmsnorm_quant(x, IntFormat(4), None if r is None else residual)
+        )
+        assert got.codes.is_contiguous() and got_h.is_contiguous()  # as the fake says
 
 
 @SYMMETRIC

@@ -14,16 +14,18 @@ arithmetic (fp64 for fp64 x): H is applied factor by factor, the product is mult
 """
 
 import math
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from lowbit.hadamard import factorize, hadamard_matrix
 from lowbit.ops.dispatch import Backend, Op
 from lowbit.ops.quantize import check_float, compute_dtype
 
-# Sylvester matrices up to 2^7 are applied as one dense product: at these sizes more operations run
-# faster than more passes over memory.
-_LARGEST_DENSE_LOG2 = 7
+# Factors are split and merged towards this order: up to it, a dense product costs less than the
+# passes over memory that it saves.
+_DENSE_ORDER = 128
 
 
 def check_rotation(op: str, x: Tensor, order: int, inner: int, matrix: Tensor | None):
@@ -47,14 +49,25 @@ def _check(x: Tensor, order: int, inner: int, matrix: Tensor | None):
     check_rotation("hadamard", x, order, inner, matrix)
 
 
-def _dense_factors(order: int) -> list[int]:
-    """factorize(order) with a large power of two split into equal or nearly equal ones."""
-    *factors, last = factorize(order)
+@lru_cache(maxsize=32)
+def _dense_factors(order: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Matrices whose Kronecker product, in order, is H: those of factorize(order), a large power
+    of two split evenly and small neighbours multiplied out. Read-only: shared between calls."""
+    *orders, last = factorize(order)
     log2 = last.bit_length() - 1
-    if last != 1 << log2:
-        return [*factors, last]
-    parts = max(1, math.ceil(log2 / _LARGEST_DENSE_LOG2))
-    return [*factors, *(1 << (log2 + i) // parts for i in range(parts))]
+    if last == 1 << log2:
+        parts = max(1, math.ceil(log2 / math.log2(_DENSE_ORDER)))
+        orders += [1 << (log2 + i) // parts for i in range(parts)]
+    else:
+        orders.append(last)
+    matrices = []
+    for h in map(hadamard_matrix, orders):
+        if matrices and len(matrices[-1]) * len(h) <= _DENSE_ORDER:
+            matrices[-1] = torch.kron(matrices[-1], h)
+        else:
+            matrices.append(h)
+    with torch.inference_mode(False):
+        return tuple(h.to(device, dtype, copy=True) for h in matrices)
 
 
 def _apply(x: Tensor, matrix: Tensor, inner: int) -> Tensor:
@@ -68,9 +81,9 @@ def _reference(x: Tensor, order: int, inner: int, matrix: Tensor | None) -> Tens
     y = x.to(compute_dtype(x))
     if matrix is not None:
         return _apply(y, matrix.to(y.dtype), inner).to(x.dtype)
-    for factor in reversed(_dense_factors(order)):
-        y = _apply(y, hadamard_matrix(factor).to(y), inner)
-        inner *= factor
+    for h in reversed(_dense_factors(order, y.dtype, y.device)):
+        y = _apply(y, h, inner)
+        inner *= len(h)
     return y.mul_(1 / math.sqrt(order)).to(x.dtype)
 
 

@@ -122,11 +122,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     later = torch.ones(QUERY_CHUNK, QUERY_CHUNK, dtype=torch.bool, device=q.device).triu(1)
     for start in range(0, n, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, n)
-        own, seen = (
-            length - n + start,
-            length - n + stop,
-        )  # first position of the chunk, and past it
         size = stop - start
+        own = length - n + start  # position of the chunk's first query
+        seen = own + size  # how many positions its last query sees
         scores = q[:, :, start:stop].flatten(1, 2) @ k[:, :seen].mT
         scores = scores.unflatten(1, (-1, size))  # [num_kv_heads, heads each, size, seen]
         scores[..., own:].masked_fill_(later[:size, :size], -torch.inf)
