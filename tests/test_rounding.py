@@ -122,4 +122,5 @@ def test_clip_search_takes_the_least_error(weight, format):
                      scale_dtype=scale.dtype)  # fmt: skip
         errors.append((dequantize(t) - groups).abs().double().pow(2.4).sum(-1))
     least = torch.stack(errors).amin(0)
-    torch.testing.assert_close(got.unflatten(-1, (scale.shape[-1], -1)).sum(-1), least)
+    got = got.unflatten(-1, (scale.shape[-1], -1)).sum(-1)
+    torch.testing.assert_close(got, least, rtol=1e-5, atol=0)  # ties within fp32 rounding

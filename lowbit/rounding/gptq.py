@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import IntFormat, PackedTensor
-from lowbit.rounding.grid import codes_on_grid, weight_grid
+from lowbit.rounding.grid import weight_grid
 from lowbit.rounding.rtn import RTN, packed_weight
 
 COLUMN_BLOCK = 128  # columns swept before their errors reach the rest of the matrix
@@ -88,23 +88,27 @@ def _inverse_cholesky(hessian: Tensor) -> Tensor | None:
 def _sweep(
     weight: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor | None, format: IntFormat
 ) -> Tensor:
-    """Codes [N, K] as fp32; weight's columns in sweep order, scale and zero_point per column."""
-    weight = weight.clone()
-    codes = torch.empty_like(weight)
-    for start in range(0, weight.shape[1], COLUMN_BLOCK):
-        stop = min(start + COLUMN_BLOCK, weight.shape[1])
-        errors = torch.empty_like(weight[:, start:stop])
+    """Codes [N, K] as fp32; weight's columns in sweep order, scale and zero_point per column.
+
+    The sweep works on the transposes, where a column lies in one piece.
+    """
+    left = weight.T.contiguous()  # [K, N], what is left to round
+    step = scale.T.contiguous()
+    zero = torch.zeros_like(step) if zero_point is None else zero_point.T.float()
+    codes = torch.empty_like(left)
+    diagonal = upper.diagonal().tolist()
+    for start in range(0, left.shape[0], COLUMN_BLOCK):
+        stop = min(start + COLUMN_BLOCK, left.shape[0])
+        errors = torch.empty_like(left[start:stop])
         for j in range(start, stop):
-            column, s = weight[:, j], scale[:, j]
-            zero = None if zero_point is None else zero_point[:, j, None]
-            code = codes_on_grid(column[:, None], s[:, None], zero, format)[:, 0]
-            codes[:, j] = code
-            on_grid = (code if zero is None else code - zero[:, 0].float()) * s
-            error = (column - on_grid) / upper[j, j]
-            weight[:, j:stop].addr_(error, upper[j, j:stop], alpha=-1)
-            errors[:, j - start] = error
-        weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
-    return codes
+            code = torch.div(left[j], step[j]).round_().add_(zero[j])
+            code.clamp_(format.qmin, format.qmax)
+            error = errors[j - start]
+            torch.sub(left[j], code.sub(zero[j]).mul_(step[j]), out=error).div_(diagonal[j])
+            left[j:stop].addr_(upper[j, j:stop], error, alpha=-1)
+            codes[j] = code
+        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return codes.T
 
 
 def quadratic_error(error: Tensor, hessian: Tensor) -> float:
