@@ -9,18 +9,24 @@ from lowbit.evaluate.text import CALIBRATION_SHARE, manual_text, read_text, toke
 def test_splits_are_two_ends_of_one_text():
     calibration, evaluation = manual_text("calibration"), manual_text("evaluation")
     whole = len(calibration) + len(evaluation)
-    assert whole > 400_000
+    assert whole > 300_000
     assert len(calibration) == int(whole * CALIBRATION_SHARE)
     assert manual_text() == evaluation  # evaluation is the default, and the text never changes
 
 
-def test_splits_hold_the_manual_in_the_order_of_its_topics():
+def test_splits_hold_every_paragraph_of_the_manual_once():
     from pydoc_data.topics import topics
 
-    whole = manual_text("calibration") + manual_text("evaluation")
-    starts = [whole.index(topics[name]) for name in sorted(topics)[:5]]
-    assert starts == sorted(starts)
-    assert whole.endswith(topics[max(topics)])
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    found = [paragraphs(manual_text(split)) for split in ("calibration", "evaluation")]
+    split = found[0][:-1] + found[1][1:]  # the cut may fall inside a paragraph
+    assert len(split) == len(set(split))
+    assert set(split) <= set(paragraphs(text))
+    assert len(set(paragraphs(text))) - len(split) <= 2
+
+
+def paragraphs(text):
+    return [" ".join(p.split()) for p in text.split("\n\n") if p.strip()]
 
 
 def test_unknown_split():
