@@ -51,7 +51,7 @@ format: $(READY)
 	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
 
 table: $(READY)
-	$(BIN)/lowbit table
+	$(BIN)/lowbit table --samples 32
 
 figure: $(READY)
 	$(BIN)/lowbit plot -o docs/figures/activations.png

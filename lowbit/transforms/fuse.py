@@ -8,7 +8,7 @@ from torch import nn
 from lowbit.errors import InputError
 from lowbit.models.spaces import Adapter, Norm
 from lowbit.transforms.online import OnlineTransform
-from lowbit.transforms.rotation import Rotate, Rotation
+from lowbit.transforms.rotation import ROWS_AT_ONCE, Rotate, Rotation
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def untie(model: nn.Module):
 def _fold(module: nn.Module, norm: Norm):
     gain = module.get_submodule(norm.name).weight
     for name in norm.readers:
-        weight = module.get_submodule(name).weight
-        weight.copy_(weight.double() * gain.double())
+        for rows in module.get_submodule(name).weight.split(ROWS_AT_ONCE):
+            rows.copy_(rows.double() * gain.double())
     gain.fill_(1.0)
 
 

@@ -14,6 +14,7 @@ from lowbit.models.spaces import Space
 from lowbit.ops.hadamard import HADAMARD
 from lowbit.transforms.online import OnlineTransform
 
+ROWS_AT_ONCE = 1024
 LARGEST_DENSE = 128  # up to here a missing Hadamard order is replaced by a dense Hartley matrix
 
 
@@ -35,19 +36,22 @@ class Rotation:
             matrix = self.base.dense().to(x)
         return HADAMARD.reference(x, self.base.order, self.base.inner, matrix)
 
-    @torch.no_grad()
     def fuse_reader(self, linear: torch.nn.Linear):
-        linear.weight.copy_(self.apply(linear.weight.double()))
+        self._fuse_rows(linear.weight)
 
-    @torch.no_grad()
     def fuse_writer(self, linear: torch.nn.Linear):
-        linear.weight.copy_(self.apply(linear.weight.double().T).T)
+        self._fuse_rows(linear.weight.T)
         if linear.bias is not None:
-            linear.bias.copy_(self.apply(linear.bias.double()))
+            self._fuse_rows(linear.bias[None])
+
+    def fuse_embedding(self, embedding: torch.nn.Embedding):
+        self._fuse_rows(embedding.weight)
 
     @torch.no_grad()
-    def fuse_embedding(self, embedding: torch.nn.Embedding):
-        embedding.weight.copy_(self.apply(embedding.weight.double()))
+    def _fuse_rows(self, weight: Tensor):
+        """weight R in place, in fp64, a few rows at a time: no whole matrix in fp64."""
+        for rows in weight.split(ROWS_AT_ONCE):
+            rows.copy_(self.apply(rows.double()))
 
     def __str__(self) -> str:
         kind = ("random " if self.signs is not None else "") + self.base.kind
