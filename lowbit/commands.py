@@ -78,7 +78,12 @@ def run_quantize(args) -> Result:
         "report": model.lowbit_config.report,
     }
     text = f"{args.model}: {recipe.name}, {format}, {seconds:.0f} s, saved in {args.output}"
-    return result, f"{text}\n{size_text(size, on_disk)}"
+    return result, "\n".join([text, *transforms_text(model), size_text(size, on_disk)])
+
+
+def transforms_text(model) -> list[str]:
+    """What was done to the model before its weights were rounded, a line each."""
+    return [f"  {line}" for line in model.lowbit_config.report["transforms"]]
 
 
 def size_text(size: Size, on_disk: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 
 from lowbit import checkpoint
-from lowbit.commands import generate_text, size_text
+from lowbit.commands import generate_text, size_text, transforms_text
 from lowbit.evaluate.perplexity import WINDOW, perplexity
 from lowbit.evaluate.size import folder_bytes, size_of
 from lowbit.evaluate.table import as_json, markdown, measure
@@ -47,6 +47,7 @@ def run(args: Namespace) -> tuple[dict, str]:
             say(f"save to {args.output}, load it packed")
             checkpoint.save(model, args.output, tokenizer, overwrite=True)
             model = checkpoint.load(args.output)
+            transforms = transforms_text(model)
             size, on_disk = size_of(model), folder_bytes(args.output)
             say(f"generate with {recipe}, {FORMAT}")
             completion, _ = generate_text(model, tokenizer, PROMPT, NEW_TOKENS)
@@ -69,6 +70,9 @@ def run(args: Namespace) -> tuple[dict, str]:
             "packed is what runs:",
             "",
             markdown(full, rows),
+            "",
+            f"What {RECIPES[-1]} did to the model before rounding:",
+            *transforms,
             "",
             f"Sizes of {RECIPES[-1]} {FORMAT} ({args.output}/{CONFIG_FILE} says how it was made):",
             size_text(size, on_disk),

@@ -53,6 +53,8 @@ def quantize(
     format = QuantFormat.parse(format) if isinstance(format, str) else format
     if isinstance(model, str):
         model, tokenizer = load_source(model)
+    if getattr(model, "lowbit_config", None) is not None:
+        raise InputError(f"model must not be quantized yet, got {model.lowbit_config.format}")
     adapter = adapter_for(model.config)
     model.eval().requires_grad_(False)
     check_weights(model, adapter, format)
@@ -251,4 +253,5 @@ class _Stream:
         return hessian.mul_(2 / sum(h.shape[0] * h.shape[1] for h in self.hidden))
 
     def advance(self, block: nn.Module):
-        self.hidden = [self._forward(block, hidden) for hidden in self.hidden]
+        for i, hidden in enumerate(self.hidden):  # in place: never two blocks' activations
+            self.hidden[i] = self._forward(block, hidden)

@@ -144,6 +144,10 @@ BAD = {
         lambda: lowbit.quantize(tiny_llama(), calibration="some text", progress=False),
         "tokenizer must be given",
     ),
+    "quantized": (
+        lambda: lowbit.quantize(quantized("rtn"), "rtn", progress=False),
+        "model must not be quantized yet, got w4a4kv4",
+    ),
     "architecture": (
         lambda: lowbit.models.adapter_for(type("C", (), {"model_type": "mamba"})()),
         "unknown architecture 'mamba'",
