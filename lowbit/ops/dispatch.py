@@ -5,13 +5,16 @@ never falls back; if none can, the error lists each reason.
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("cuda", "triton", "reference")  # in order of preference
 NAMESPACE = "lowbit"
+TRITON_CAPABILITY = (8, 0)
 _CONSTANT = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 OPS: dict[str, "Op"] = {}  # every op by its torch.library name, filled as lowbit.ops is imported
 
@@ -90,3 +93,33 @@ class Op:
         args = [_CONSTANT[type(a)](a) if type(a) in _CONSTANT else a for a in args]
         self.check(*args)
         return self.fake(*args)
+
+
+def why_not_triton(*tensors: Tensor | None) -> str | None:
+    """What every Triton kernel needs: Triton, and tensors on one GPU of sm_80 or later.
+
+    Under Triton's interpreter (TRITON_INTERPRET=1, for tests) the tensors are on the CPU. Without
+    tensors, the answer is about the machine.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        return f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
+    if interpreted():
+        return None if not devices or devices == {torch.device("cpu")} else "it is interpreted"
+    if devices and next(iter(devices)).type != "cuda":
+        return f"the tensors are on {next(iter(devices))}"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability(*devices)
+    if capability < TRITON_CAPABILITY:
+        return f"it needs sm_80 or later, this is sm_{capability[0]}{capability[1]}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter."""
+    from triton import knobs
+
+    return knobs.runtime.interpret
