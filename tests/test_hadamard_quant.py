@@ -1,14 +1,24 @@
 """hadamard_quant: exact sums, so that one number at a time gives the same bits."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_bitwise, assert_registered, slow_quantize
+from helpers import (
+    assert_bitwise,
+    assert_codes,
+    assert_no_worse_than_torch,
+    assert_registered,
+    poison,
+    slow_quantize,
+)
 
 from lowbit.formats import IntFormat, Layout
 from lowbit.hadamard import HadamardOrderError, hadamard_matrix
 from lowbit.ops import dequantize, hadamard, hadamard_quant, quantize, to_layout
+from lowbit.ops.dispatch import NoBackendError
 from lowbit.ops.hadamard_quant import HADAMARD_QUANT
 
 SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
@@ -155,3 +165,88 @@ def test_errors(call, message):
 def test_order_without_a_matrix():
     with pytest.raises(HadamardOrderError, match="no Hadamard matrix of order 9 exists"):
         hadamard_quant(X, INT4, 9)
+
+
+INTERPRET = pytest.mark.interpret
+# whole rows of every kind of factor, blocks, mixed heads of a head_dim that is no power of two
+TRITON_ROTATIONS = pytest.mark.parametrize(
+    "K,order,inner",
+    [(64, 64, 1), (96, 12, 4), (40, 1, 1), (48, 48, 1), (576, 64, 1), (1536, 1536, 1)]
+    + [(768, 12, 64), (960, 12, 80), (320, 4, 80), (12, 2, 2), (8, 8, 1), (60, 12, 1)],
+)
+
+
+@INTERPRET
+@SYMMETRIC
+@LOW_DTYPES
+@TRITON_ROTATIONS
+def test_triton_exact_inputs(K, order, inner, symmetric, dtype):
+    """Sums are exact, everything after them is IEEE and in a fixed order; both layouts."""
+    x = integers(3, K, seed=K).to(dtype)
+    for bits, layout in [(4, Layout.ROW_MAJOR), (8, Layout.BYTES), (2, Layout.ROW_MAJOR)]:
+        args = (x, IntFormat(bits, symmetric), order, inner, None, 0.9, layout)
+        with poison():
+            got = hadamard_quant(*args, backend="triton")
+        assert_bitwise(got, hadamard_quant(*args, backend="reference"))
+
+
+@INTERPRET
+@SYMMETRIC
+def test_triton_exact_matrix(symmetric):
+    matrix, x = integers(9, 9, seed=1).float(), integers(3, 144, seed=2).half()
+    for layout in (Layout.BYTES, Layout.ROW_MAJOR):
+        args = (x, IntFormat(4, symmetric), 9, 4, matrix, 0.9, layout)
+        got = hadamard_quant(*args, backend="triton")
+        assert_bitwise(got, hadamard_quant(*args, backend="reference"))
+
+
+@INTERPRET
+@SYMMETRIC
+def test_triton_random_inputs(symmetric):
+    """Sums in another order move the scale by some ulps, and a few codes with it."""
+    x = torch.randn(16, 1536, generator=torch.Generator().manual_seed(0)).half()
+    args = (x, IntFormat(4, symmetric))
+    got = hadamard_quant(*args, backend="triton")
+    expected = hadamard_quant(*args, backend="reference")
+    exact = hadamard(x.double())
+    span = exact.abs().amax(-1) / 7 if symmetric else (exact.amax(-1) - exact.amin(-1)) / 15
+    assert_no_worse_than_torch(got.scale, expected.scale, span.unsqueeze(-1), floor=2.0**-25)
+    assert_codes(replace(got, scale=expected.scale), expected)
+
+
+@INTERPRET
+def test_triton_edge_rows():
+    big = torch.finfo(torch.float32).max
+    x = torch.zeros(5, 24)
+    x[1, 3], x[2], x[3, 0], x[4, 0] = 4.0, big, float("inf"), float("nan")
+    for symmetric, order in itertools.product((True, False), (8, 24)):
+        args = (x, IntFormat(4, symmetric), order)
+        got = hadamard_quant(*args, backend="triton")
+        assert_bitwise(got, hadamard_quant(*args, backend="reference"))
+
+
+@INTERPRET
+def test_triton_shapes():
+    x = integers(24, 64).half()
+    for view in (x.view(2, 3, 4, 64), x[0], x[:0], x[:, 8:32]):
+        args = (view, IntFormat(4, False), 8)
+        got = hadamard_quant(*args, layout=Layout.ROW_MAJOR, backend="triton")
+        expected = hadamard_quant(*args, layout=Layout.ROW_MAJOR, backend="reference")
+        assert_bitwise(got, expected)
+
+
+@INTERPRET
+@pytest.mark.parametrize(
+    "K,order,inner,bits,dtype,reason",
+    [
+        (64, 64, 1, 4, torch.float64, "x is fp64"),
+        (64, 64, 1, 3, torch.float32, "does not pack 3-bit codes"),
+        (24, 4, 6, 2, torch.float32, "cannot pack 2-bit codes of inner 6"),
+        (13824, 13824, 1, 4, torch.float32, "not be larger than 1024, it is 1728"),
+        (40960, 4096, 1, 4, torch.float32, "32768 elements at once, here 65536 with padding"),
+    ],
+)
+def test_triton_reasons(K, order, inner, bits, dtype, reason):
+    x = torch.zeros(1, K, dtype=dtype)
+    with pytest.raises(NoBackendError, match=reason):
+        hadamard_quant(x, IntFormat(bits), order, inner, layout=Layout.ROW_MAJOR, backend="triton")

@@ -1,11 +1,12 @@
 """int_gemm against sums in fp64, which hold every int32 exactly; scales are powers of two there."""
 
 import importlib
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import assert_bitwise, assert_no_worse_than_torch, assert_registered
+from helpers import assert_bitwise, assert_no_worse_than_torch, assert_registered, poison
 
 from lowbit.formats import IntFormat, Layout, PackedTensor
 from lowbit.ops import dequantize, int_gemm, quantize, to_layout
@@ -282,13 +283,114 @@ def test_wrong_packed_tensor():
         int_gemm(x, asymmetric)
 
 
-@pytest.mark.parametrize(("backend", "kernel"), [("cuda", "CUDA"), ("triton", "Triton")])
-def test_backend_without_a_kernel_says_so(backend, kernel):
-    with pytest.raises(RuntimeError, match=f"{backend}: no {kernel} kernel for int_gemm yet"):
-        int_gemm(exact_x((3, 64), 4, True), exact_w(5, 64, 4), backend=backend)
+def test_backend_without_a_kernel_says_so():
+    with pytest.raises(RuntimeError, match="cuda: no CUDA kernel for int_gemm yet"):
+        int_gemm(exact_x((3, 64), 4, True), exact_w(5, 64, 4), backend="cuda")
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "bytes"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 def test_registered(symmetric, packed):
     assert_registered(module.INT_GEMM, *op_arguments(symmetric, packed).values())
+
+
+# Triton's kernel. Every sum is an integer and no product is fused, so all its bits are the
+# reference's. The interpreter truncates to bf16, so numbers stored there are exact in bf16.
+
+TILE_EDGES = {  # tiles of 16, 64 and 128 rows, 32, 64 and 128 columns; 128 and 256 deep
+    "one": (Shape(1, 1, 1), 8),
+    "tile": (Shape(16, 64, 128), 4),
+    "tile + 1": (Shape(17, 65, 130), 4),
+    "tile - 1": (Shape(63, 63, 127), 8),
+    "wide": (Shape(65, 1025, 34), 4),
+    "smollm2 q_proj, decode": (Shape(1, 576, 576), 4),
+}
+
+
+def assert_triton_is_bitwise(x, w, bias=None, out_dtype=torch.float32):
+    expected = int_gemm(x, w, bias, out_dtype, backend="reference")
+    with poison():
+        assert_bitwise(int_gemm(x, w, bias, out_dtype, backend="triton"), expected)
+
+
+def random_scales(t: PackedTensor) -> PackedTensor:
+    return replace(t, scale=torch.rand_like(t.scale.float()).add_(0.01).to(t.scale.dtype))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("group_size", [None, 32, 64, 128])
+@pytest.mark.parametrize("layout", Layout, ids=[layout.value for layout in Layout])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("x_bits", X_BITS)
+@pytest.mark.parametrize("w_bits", [4, 6, 8])
+def test_triton_every_format(w_bits, x_bits, symmetric, layout, group_size):
+    x, w = exact_x((3, 256), x_bits, symmetric), exact_w(5, 256, w_bits, group_size)
+    x = to_layout(x, layout)
+    got = int_gemm(x, w, out_dtype=torch.float32, backend="triton")
+    assert_bitwise(got, expected_y(x, w))
+    assert_triton_is_bitwise(random_scales(x), random_scales(w), torch.randn(5), torch.float16)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(("shape", "bits"), TILE_EDGES.values(), ids=TILE_EDGES)
+def test_triton_every_shape(shape, bits, symmetric):
+    x, w = exact_x((shape.M, shape.K), bits, symmetric), exact_w(shape.N, shape.K, bits)
+    assert_triton_is_bitwise(random_scales(x), random_scales(w))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("out_dtype", module.OUT_DTYPES, ids=str)
+@pytest.mark.parametrize("bias_dtype", [None, *module.OUT_DTYPES, torch.float64], ids=str)
+def test_triton_bias_and_output(bias_dtype, out_dtype):
+    x, w = exact_x((3, 64), 4, True), exact_w(5, 64, 4)
+    x.codes.clamp_(-1, 1)[:, 16:] = 0  # |sum| <= 128
+    x.scale.fill_(1.0)
+    w.scale.fill_(0.5)
+    bias = None if bias_dtype is None else torch.randint(-9, 10, (5,)).to(bias_dtype)
+    assert_triton_is_bitwise(x, w, bias, out_dtype)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("w_bits", "x_code"), [(4, 0), (8, 255)])
+def test_triton_longest_sums(w_bits, x_code):
+    K = module.LONGEST_TRITON_GROUP // 2 * 2  # whole bytes
+    format = IntFormat(8, False)
+    x = torch.full((1, K), x_code, dtype=torch.uint8)
+    zero_point = torch.tensor([[255 - x_code]], dtype=torch.uint8)
+    x = PackedTensor(x, torch.ones(1, 1), zero_point, format, Layout.BYTES, x.shape)
+    w = exact_w(1, K, w_bits)
+    w.codes.fill_(0x88 if w_bits == 4 else 0x80)  # -8 or -128
+    assert_triton_is_bitwise(x, w)
+
+
+@pytest.mark.interpret
+def test_triton_overflow_and_no_rows():
+    x, w = exact_x((2, 64), 8, True), exact_w(3, 64, 8)
+    x.scale[0] = 1e30  # inf in fp16
+    x.scale[1] = float("nan")  # a row with a non-finite element
+    assert_triton_is_bitwise(x, w, out_dtype=torch.float16)
+    assert int_gemm(exact_x((0, 64), 4, True), w, backend="triton").shape == (0, 3)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("x_bits", "w_bits", "group_size", "message"),
+    [
+        (2, 4, None, "reads codes packed in 4 or 8 bits, x_bits is 2"),
+        (4, 3, None, "reads codes packed in 4 or 8 bits, w_bits is 3"),
+        (4, 4, 16, r"takes groups of \(32, 64, 128\) or one a row, got 16"),
+    ],
+)
+def test_triton_reasons(x_bits, w_bits, group_size, message):
+    x = to_layout(exact_x((3, 64), x_bits, True), Layout.ROW_MAJOR)
+    with pytest.raises(RuntimeError, match=f"triton: the Triton kernel {message}"):
+        int_gemm(x, exact_w(5, 64, w_bits, group_size), backend="triton")
+
+
+@pytest.mark.interpret
+def test_triton_sums_up_to_the_longest_group():
+    K = module.LONGEST_TRITON_GROUP + 1
+    x, w = exact_x((1, K), 4, True), exact_w(1, K, 4)
+    with pytest.raises(RuntimeError, match=f"sums up to {K - 1} elements, got {K}"):
+        int_gemm(x, w, backend="triton")

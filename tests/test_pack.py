@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import assert_bitwise, assert_registered
+from helpers import assert_bitwise, assert_registered, poison
 
 from lowbit.formats import PACKED_BITS, IntFormat, Layout
 from lowbit.ops import pack, quantize, to_layout, unpack
@@ -151,3 +151,34 @@ U8 = torch.zeros(2, 10, dtype=torch.uint8)
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+INTERPRET = pytest.mark.interpret
+
+
+@INTERPRET
+@SIGNED
+@BITS
+def test_triton_every_byte_and_edges_of_blocks(bits, signed):
+    """All bytes in a row of three orders; rows that end in the middle of a program and at its end;
+    a transposed argument, and none."""
+    byte = torch.arange(256, dtype=torch.uint8)
+    every = torch.stack([byte, byte * 37, byte.flip(0) * 101], -1).view(1, 768)
+    for packed in (every, every.view(2, 3, 128)[:, 1:, 8:80], every.view(64, 12).T[:, :48]):
+        with poison():
+            codes = unpack(packed, bits, signed, backend="triton")
+        assert_bitwise(codes, unpack(packed, bits, signed, backend="reference"))
+        with poison():
+            again = pack(codes, bits, backend="triton")
+        assert_bitwise(again, packed.contiguous())
+    codes = random_codes((1, 1024 + 8), bits, signed).T.contiguous().T
+    assert_bitwise(pack(codes, bits, backend="triton"), pack(codes, bits, backend="reference"))
+    assert pack(codes[:0], bits, backend="triton").shape == (0, 1032 * bits // 8)
+    assert unpack(every[:0], bits, signed, backend="triton").shape == (0, 768 * 8 // bits)
+
+
+@INTERPRET
+@BITS
+def test_triton_takes_codes_modulo_two_to_the_bits(bits):
+    codes = torch.arange(-128, 128).to(torch.int8)
+    assert_bitwise(pack(codes, bits, backend="triton"), pack(codes, bits, backend="reference"))

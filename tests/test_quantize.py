@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_bitwise, assert_codes, assert_registered, slow_quantize
+from helpers import assert_bitwise, assert_codes, assert_registered, poison, slow_quantize
 
 from lowbit.formats import MIN_SCALE, IntFormat, Layout, PackedTensor
 from lowbit.ops import dequantize, pack, quantize
+from lowbit.ops.dispatch import NoBackendError
 from lowbit.ops.quantize import DEQUANTIZE, FLOAT_DTYPES, QUANTIZE
 
 SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
@@ -295,4 +296,122 @@ X = torch.zeros(2, 12)
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+INTERPRET = pytest.mark.interpret
+# bf16 results are left to a GPU: the interpreter truncates where it should round
+
+
+@INTERPRET
+@SYMMETRIC
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(
+    "K,group_size,dtype,scale_dtype",
+    [
+        (1, None, torch.float32, torch.float32),
+        (7, None, torch.float16, torch.float32),
+        (96, 24, torch.bfloat16, torch.float16),
+        (130, 26, torch.float32, torch.float16),
+        (576, None, torch.bfloat16, torch.float32),
+    ],
+)
+def test_triton_gives_the_bits_of_the_reference(bits, symmetric, K, group_size, dtype, scale_dtype):
+    """IEEE operations in a fixed order, so random inputs agree too; both clips, both layouts."""
+    format = IntFormat(bits, symmetric, group_size)
+    x = random_rows(5, K, seed=K, dtype=dtype)
+    layouts = [Layout.BYTES]
+    if format.storage_bits != 3 and (group_size or K) * format.storage_bits % 8 == 0:
+        layouts.append(Layout.ROW_MAJOR)
+    for layout, clip in itertools.product(layouts, (1.0, 0.9)):
+        args = (x, format, clip, layout, scale_dtype)
+        with poison():
+            got = quantize(*args, backend="triton")
+        expected = quantize(*args, backend="reference")
+        assert_bitwise(got, expected)
+        for out in (torch.float32, torch.float16):
+            with poison():
+                back = dequantize(got, out, backend="triton")
+            assert_bitwise(back, dequantize(expected, out, backend="reference"))
+
+
+@INTERPRET
+@SYMMETRIC
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_triton_edge_rows(bits, symmetric, scale_dtype):
+    big, tiny, inf = torch.finfo(torch.float32).max, 2.0**-149, float("inf")
+    rows = torch.tensor(
+        [
+            [0.0] * 5,
+            [-0.0] * 5,
+            [1e4, *[1e-3] * 4],
+            [-1e4, *[1e-3] * 4],
+            [big, -big, 1.0, 0.0, 0.0],
+            [big, big / 2, 1.0, 1.0, 1.0],
+            [65504.0 * 300, -65504.0, 1.0, 1.0, 1.0],
+            [tiny, -tiny, 2 * tiny, 0.0, 0.0],
+            [3.0, 5.0, 7.0, 9.0, 9.0],
+            [-3.0, -5.0, -7.0, -9.0, -9.0],
+            [1.0, inf, 2.0, 3.0, 4.0],
+            [1.0, 2.0, -inf, 3.0, 4.0],
+            [float("nan"), 1.0, 2.0, 3.0, 4.0],
+        ]
+    )
+    format = IntFormat(bits, symmetric)
+    got = quantize(rows, format, 0.9, scale_dtype=scale_dtype, backend="triton")
+    expected = quantize(rows, format, 0.9, scale_dtype=scale_dtype, backend="reference")
+    assert_bitwise(got, expected)
+    # which of its NaNs a product gives, IEEE does not say
+    back = [dequantize(got, backend=b).nan_to_num(-0.5) for b in ("triton", "reference")]
+    assert_bitwise(*back)
+
+
+@INTERPRET
+def test_triton_rounds_half_to_even_and_then_clamps():
+    x = torch.tensor([[-7.0, -6.5, -5.5, -0.5, 0.5, 1.5, 2.5, 6.5, 7.0]])
+    expected = torch.tensor([[-7, -6, -6, 0, 0, 2, 2, 6, 7]], dtype=torch.int8)
+    assert_bitwise(quantize(x, IntFormat(4), backend="triton").codes, expected)
+
+
+@INTERPRET
+def test_triton_shapes_and_strides():
+    x = random_rows(24, 64, seed=0)
+    format = IntFormat(4, False, 32)
+    for view in (x.view(2, 3, 4, 64), x[0], x[:0], x[::3], x[:, 32:]):
+        got = quantize(view, format, layout=Layout.ROW_MAJOR, backend="triton")
+        expected = quantize(view, format, layout=Layout.ROW_MAJOR, backend="reference")
+        assert_bitwise(got, expected)
+        assert_bitwise(dequantize(got, backend="triton"), dequantize(got, backend="reference"))
+    columns = replace(got, codes=got.codes.T.contiguous().T, scale=got.scale.T.contiguous().T)
+    assert_bitwise(dequantize(columns, backend="triton"), dequantize(got, backend="reference"))
+
+
+@INTERPRET
+@pytest.mark.parametrize(
+    "call,reason",
+    [
+        (lambda: quantize(X.double(), IntFormat(4), backend="triton"), "x is fp64"),
+        (
+            lambda: quantize(X[:, :8], IntFormat(3), layout=Layout.ROW_MAJOR, backend="triton"),
+            "does not pack 3-bit codes",
+        ),
+        (
+            lambda: quantize(
+                X, IntFormat(4, group_size=3), layout=Layout.ROW_MAJOR, backend="triton"
+            ),
+            "groups of 3 do not fill whole bytes of 4-bit codes",
+        ),
+        (
+            lambda: quantize(torch.zeros(1, 32769), IntFormat(4), backend="triton"),
+            "a group must not be longer than 32768, it is 32769",
+        ),
+        (
+            lambda: dequantize(quantize(X, IntFormat(4)), torch.float64, backend="triton"),
+            "the result torch.float64",
+        ),
+    ],
+)
+def test_triton_reasons(call, reason):
+    with pytest.raises(NoBackendError, match=reason):
         call()

@@ -54,7 +54,8 @@ def test_one_stem_per_op():
     assert {path.stem for path in (ROOT / "lowbit/ops").glob("*.py")} - plumbing == op_stems()
     for stem in op_stems():
         assert (ROOT / f"tests/test_{stem}.py").is_file(), stem
-    kernels = [p for p in (ROOT / "kernels/triton").glob("*.py") if p.stem != "__init__"]
+    shared = {"__init__", "common", "configs"}  # helpers of several kernels, and their tile sizes
+    kernels = [p for p in (ROOT / "kernels/triton").glob("*.py") if p.stem not in shared]
     kernels += (ROOT / "csrc").glob("*.cu")
     for path in kernels:
         assert re.sub(r"_sm\d+a?$", "", path.stem) in op_stems(), path
@@ -68,7 +69,7 @@ def test_a_backend_without_a_kernel_has_a_reason(name):
     for backend in OPS[name].backends.values():
         if backend.target is None:
             assert re.fullmatch(r"no (CUDA|Triton) kernel for \w+ yet", backend.why_not())
-        else:
+        elif backend.why_not() != "triton is not installed":
             assert callable(backend.load())
 
 

@@ -1,11 +1,21 @@
 """rmsnorm_quant: rows whose mean square is a power of four, so that nothing is rounded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from helpers import assert_bitwise, assert_registered, slow_quantize
+from helpers import (
+    assert_bitwise,
+    assert_codes,
+    assert_no_worse_than_torch,
+    assert_registered,
+    poison,
+    slow_quantize,
+)
 
 from lowbit.formats import IntFormat, Layout
 from lowbit.ops import dequantize, rmsnorm_quant, to_layout
+from lowbit.ops.dispatch import NoBackendError
 from lowbit.ops.rmsnorm_quant import RMSNORM_QUANT
 
 SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
@@ -178,3 +188,74 @@ X, INT4 = torch.zeros(2, 12), IntFormat(4)
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+INTERPRET = pytest.mark.interpret
+
+
+@INTERPRET
+@SYMMETRIC
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("K", [8, 24, 576])
+@pytest.mark.parametrize("with_weight,eps", [(True, 0.0), (False, 1.0)])
+def test_triton_exact_inputs(K, with_weight, eps, symmetric, dtype):
+    """With a residual and without; every width that packs."""
+    h = exact_rows(3, K, eps)
+    residual = torch.randint(-4, 5, h.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = 2.0 ** (torch.arange(K) % 5 - 2) if with_weight else None
+    sums = [((h - residual.float()).to(dtype), residual), (h.to(dtype), None)]
+    for (x, r), bits in zip(sums * 2, (4, 8, 2, 5), strict=True):
+        args = (x, IntFormat(bits, symmetric), r, weight, eps, 0.9, Layout.ROW_MAJOR)
+        with poison():
+            got = rmsnorm_quant(*args, backend="triton")
+        assert_bitwise(got, rmsnorm_quant(*args, backend="reference"))
+
+
+@INTERPRET
+@SYMMETRIC
+@pytest.mark.parametrize("K", [7, 576])
+def test_triton_random_inputs(K, symmetric):
+    """The mean in another order moves the scale by some ulps, and a few codes with it."""
+    x, residual = random(16, K, seed=1).half(), (3 * random(16, K, seed=2)).half()
+    weight = random(K, seed=3).bfloat16()
+    args = (IntFormat(4, symmetric), residual, weight, 1e-5)
+    got, new_residual = rmsnorm_quant(x, *args, backend="triton")
+    expected, sums = rmsnorm_quant(x, *args, backend="reference")
+    assert_bitwise(new_residual, sums)
+    h = sums.double()
+    y = h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    lo, hi = y.clamp(max=0).amin(-1), y.clamp(min=0).amax(-1)
+    exact = torch.maximum(-lo, hi) / 7 if symmetric else (hi - lo) / 15
+    floor = torch.finfo(torch.float32).eps * exact.max().item()
+    assert_no_worse_than_torch(got.scale, expected.scale, exact.unsqueeze(-1), floor)
+    assert_codes(replace(got, scale=expected.scale), expected)
+
+
+@INTERPRET
+def test_triton_edge_rows():
+    """Zeros with eps and without, an outlier, a square out of range, inf and nan; no rows."""
+    x = torch.ones(6, 12)
+    x[0], x[1, 5] = 0.0, 1e4
+    x[2], x[3, 0], x[4, 0] = 2.0**100, float("inf"), float("nan")
+    for eps in (0.0, 1.0):
+        got = rmsnorm_quant(x, IntFormat(4), None, None, eps, backend="triton")
+        expected = rmsnorm_quant(x, IntFormat(4), None, None, eps, backend="reference")
+        assert_bitwise(got[1], expected[1])
+        assert_codes(got[0], expected[0])
+    got = rmsnorm_quant(x[:0], IntFormat(4, False), backend="triton")
+    assert_bitwise(got, rmsnorm_quant(x[:0], IntFormat(4, False), backend="reference"))
+
+
+@INTERPRET
+@pytest.mark.parametrize(
+    "x,weight,bits,reason",
+    [
+        (torch.zeros(1, 8).double(), None, 4, "x is fp64"),
+        (torch.zeros(1, 8), torch.ones(8).double(), 4, "weight is torch.float64"),
+        (torch.zeros(1, 8), None, 3, "does not pack 3-bit codes"),
+        (torch.zeros(1, 32770), None, 4, "not be longer than 32768, it is 32770"),
+    ],
+)
+def test_triton_reasons(x, weight, bits, reason):
+    with pytest.raises(NoBackendError, match=reason):
+        rmsnorm_quant(x, IntFormat(bits), weight=weight, layout=Layout.ROW_MAJOR, backend="triton")

@@ -1,14 +1,23 @@
 """silu_mul_hadamard_quant: exact with relu; the smooth activations against Python's math."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_bitwise, assert_registered, slow_quantize
+from helpers import (
+    assert_bitwise,
+    assert_codes,
+    assert_no_worse_than_torch,
+    assert_registered,
+    poison,
+    slow_quantize,
+)
 
 from lowbit.formats import IntFormat, Layout
 from lowbit.hadamard import HadamardOrderError, hadamard_matrix
 from lowbit.ops import dequantize, hadamard_quant, quantize, silu_mul_hadamard_quant, to_layout
+from lowbit.ops.dispatch import NoBackendError
 from lowbit.ops.silu_mul_hadamard_quant import ACTIVATIONS, SILU_MUL_HADAMARD_QUANT
 
 SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
@@ -163,3 +172,69 @@ def test_errors(call, message):
 def test_order_without_a_matrix():
     with pytest.raises(HadamardOrderError, match="no Hadamard matrix of order 9 exists"):
         silu_mul_hadamard_quant(X, X, INT4, 9)
+
+
+INTERPRET = pytest.mark.interpret
+
+
+@INTERPRET
+@DTYPES
+@SYMMETRIC
+@pytest.mark.parametrize("K,order", [(64, 64), (96, 12), (40, 0), (192, 64), (512, 512), (12, 2)])
+def test_triton_exact_inputs(K, order, symmetric, dtype):
+    gate, up = integers(3, K, seed=1).to(dtype), integers(3, K, seed=2).to(dtype)
+    for bits in (4, 8, 2):
+        format = IntFormat(bits, symmetric)
+        args = (gate, up, format, order, None, "relu", 0.9, Layout.ROW_MAJOR)
+        with poison():
+            got = silu_mul_hadamard_quant(*args, backend="triton")
+        assert_bitwise(got, silu_mul_hadamard_quant(*args, backend="reference"))
+
+
+@INTERPRET
+def test_triton_exact_matrix():
+    gate, up, matrix = integers(2, 36, seed=1), integers(2, 36, seed=2), integers(9, 9, seed=3)
+    args = (gate.half(), up.half(), IntFormat(4, False), 9, matrix.float(), "relu")
+    got = silu_mul_hadamard_quant(*args, backend="triton")
+    assert_bitwise(got, silu_mul_hadamard_quant(*args, backend="reference"))
+
+
+@INTERPRET
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("order", [0, 64])
+def test_triton_random_inputs(activation, order):
+    """Another exp moves the scale by some ulps, and a few codes with it."""
+    gate, up = (2 * random(8, 576, seed=1)).half(), random(8, 576, seed=2).half()
+    args = (IntFormat(4, False), order, None, activation)
+    got = silu_mul_hadamard_quant(gate, up, *args, backend="triton")
+    expected = silu_mul_hadamard_quant(gate, up, *args, backend="reference")
+    exact = silu_mul_hadamard_quant(gate.double(), up.double(), *args).scale.double()
+    floor = torch.finfo(torch.float32).eps * exact.max().item()
+    assert_no_worse_than_torch(got.scale, expected.scale, exact, floor)
+    assert_codes(replace(got, scale=expected.scale), expected)
+
+
+@INTERPRET
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_triton_edge_rows(activation):
+    """Zeros, far out on both sides, inf and nan in either; no rows."""
+    gate, up = torch.ones(7, 12), torch.ones(7, 12)
+    gate[0], gate[1, 3], gate[2, 3] = 0.0, 1e4, -1e4
+    gate[3, 0], gate[4, 0], up[5, 0], up[6, 0] = float("inf"), float("nan"), -float("inf"), 1e30
+    args = (IntFormat(4, False), 0, None, activation)
+    for rows in (slice(None), slice(0)):
+        got = silu_mul_hadamard_quant(gate[rows], up[rows], *args, backend="triton")
+        expected = silu_mul_hadamard_quant(gate[rows], up[rows], *args, backend="reference")
+        if rows.stop is None:
+            assert_codes(got, expected)
+        else:
+            assert_bitwise(got, expected)
+
+
+@INTERPRET
+def test_triton_reasons():
+    x = torch.zeros(1, 13824)
+    with pytest.raises(NoBackendError, match="larger than 1024, it is 1728"):
+        silu_mul_hadamard_quant(x, x, IntFormat(4), 13824, backend="triton")
+    with pytest.raises(NoBackendError, match="x is fp64"):
+        silu_mul_hadamard_quant(x.double(), x.double(), IntFormat(4), backend="triton")

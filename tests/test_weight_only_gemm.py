@@ -1,10 +1,11 @@
 """weight_only_gemm against fp64: small integers times powers of two make every fp32 sum exact."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import assert_bitwise, assert_no_worse_than_torch, assert_registered
+from helpers import assert_bitwise, assert_no_worse_than_torch, assert_registered, poison
 
 from lowbit.formats import IntFormat, Layout, PackedTensor
 from lowbit.ops import dequantize, quantize, to_layout, weight_only_gemm
@@ -172,14 +173,99 @@ def test_wrong_packed_tensor():
         weight_only_gemm(exact_x(3, 32), w)
 
 
-@pytest.mark.parametrize(("backend", "kernel"), [("cuda", "CUDA"), ("triton", "Triton")])
-def test_backend_without_a_kernel_says_so(backend, kernel):
-    with pytest.raises(
-        RuntimeError, match=f"{backend}: no {kernel} kernel for weight_only_gemm yet"
-    ):
-        weight_only_gemm(exact_x(3, 64), exact_w(5, 64, IntFormat(4)), backend=backend)
+def test_backend_without_a_kernel_says_so():
+    with pytest.raises(RuntimeError, match="cuda: no CUDA kernel for weight_only_gemm yet"):
+        weight_only_gemm(exact_x(3, 64), exact_w(5, 64, IntFormat(4)), backend="cuda")
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 def test_registered(symmetric):
     assert_registered(WEIGHT_ONLY_GEMM, *op_arguments(symmetric).values())
+
+
+# Triton's kernels: a GEMV for one row, tiles for more. The interpreter multiplies in fp32 and
+# truncates to bf16; AOT compilation sees the matrix units and the rounding (test_compile.py).
+
+TILE_EDGES = {  # tiles of 16, 64 and 128 rows, 16 and 64 columns; 64, 128 and 256 deep
+    "one": (Shape(1, 1, 1), 8),
+    "row + 1": (Shape(1, 17, 264), 3),
+    "tile": (Shape(16, 64, 128), 4),
+    "tile + 1": (Shape(17, 65, 136), 3),
+    "tile - 1": (Shape(63, 63, 124), 2),
+    "wide": (Shape(65, 1025, 34), 4),
+    "primes": (Shape(65, 67, 127), 8),
+}
+
+
+def triton_gemm(x, w, bias=None) -> torch.Tensor:
+    with poison():
+        return weight_only_gemm(x, w, bias, backend="triton")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("M", [1, 5])
+@pytest.mark.parametrize("group_size", [None, 32, 64, 128])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_triton_every_format(bits, symmetric, group_size, M):
+    x, w = exact_x(M, 256), exact_w(7, 256, IntFormat(bits, symmetric, group_size))
+    assert_bitwise(triton_gemm(x, w), in_fp64(x, w).float())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(("shape", "bits"), TILE_EDGES.values(), ids=TILE_EDGES)
+def test_triton_every_shape(shape, bits, symmetric, dtype):
+    w = exact_w(shape.N, shape.K, IntFormat(bits, symmetric))
+    x = exact_x(shape.M, shape.K)
+    if dtype == torch.bfloat16:  # one product a row, so that truncation is exact
+        x, w = x.sign() * (torch.arange(shape.K) == shape.K - 1), replace(w, scale=w.scale.sign())
+    x = x.to(dtype)
+    assert_bitwise(triton_gemm(x, w), in_fp64(x, w).float().to(dtype))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("M", [1, 3])
+@pytest.mark.parametrize("bias_dtype", [None, *FLOATS], ids=str)
+def test_triton_adds_the_bias_before_it_narrows(bias_dtype, M):
+    x, w = exact_x(M, 64).half(), exact_w(7, 64, IntFormat(4, False, 32))
+    x[:, 0] += 4096.0  # sums that fp16 would round
+    bias = None if bias_dtype is None else torch.randint(-9, 10, (7,)).to(bias_dtype)
+    assert_bitwise(triton_gemm(x, w, bias), in_fp64(x, w, bias).half())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("M", [1, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "format", [IntFormat(4, True, 128), IntFormat(3, False, 64), IntFormat(8)], ids=str
+)
+def test_triton_random_operands(format, dtype, M):
+    x = torch.randn(M, 768).to(dtype)
+    w = quantize(torch.randn(48, 768), format, layout=Layout.ROW_MAJOR, scale_dtype=torch.float16)
+    exact = x.double() @ dequantize(w, torch.float64).T
+    in_torch = x @ dequantize(w, torch.float64).to(dtype).T
+    assert_no_worse_than_torch(triton_gemm(x, w), in_torch, exact, floor=1e-5)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 65504.0])
+def test_triton_one_extreme_row_leaves_the_others_alone(value):
+    x, w = exact_x(3, 64).half(), exact_w(5, 64, IntFormat(4))
+    x[1, 0] = value
+    expected = weight_only_gemm(x, w, backend="reference")
+    got = triton_gemm(x, w)
+    assert_bitwise(got[0::2], expected[0::2])
+    assert_bitwise(got[1].isfinite(), expected[1].isfinite())
+    assert_bitwise(triton_gemm(x[1:2], w).isfinite(), expected[1:2].isfinite())
+
+
+@pytest.mark.interpret
+def test_triton_no_rows_and_reasons():
+    w = exact_w(5, 64, IntFormat(4))
+    assert triton_gemm(exact_x(0, 64), w).shape == (0, 5)
+    with pytest.raises(RuntimeError, match="triton: the Triton kernel computes in fp32"):
+        triton_gemm(exact_x(3, 64).double(), w)
+    with pytest.raises(RuntimeError, match=r"takes groups of \(32, 64, 128\) or one a row, got 16"):
+        triton_gemm(exact_x(3, 64), exact_w(5, 64, IntFormat(4, True, 16)))

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lowbit.hadamard import factorize, hadamard_matrix
-from lowbit.ops.dispatch import Backend, Op
-from lowbit.ops.quantize import check_float, compute_dtype
+from lowbit.ops.dispatch import Backend, Op, why_not_triton
+from lowbit.ops.quantize import TRITON_MAX_ROW, check_float, compute_dtype
 
 # Factors are split and merged towards this order: up to it, a dense product costs less than the
 # passes over memory that it saves.
@@ -91,8 +91,41 @@ def _fake(x: Tensor, order: int, inner: int, matrix: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _why_not_triton(*_args) -> str:
-    return "no Triton kernel for hadamard yet"
+TRITON_MAX_BASE = 1024  # of a dense factor: so many multiplications an element
+
+
+def split_order(order: int, matrix: Tensor | None) -> tuple[int, int]:
+    """(base, power of two) of an order: all base orders as one dense factor, or the matrix."""
+    if matrix is not None:
+        return order, 1
+    last = factorize(order)[-1]
+    power = last if last & (last - 1) == 0 else 1
+    return order // power, power
+
+
+def why_not_rotated_by_triton(
+    x: Tensor, order: int, matrix: Tensor | None, elements: int
+) -> str | None:
+    """What every Triton kernel that rotates leaves out. `elements`: that one program holds, where
+    the order counts as 1."""
+    if x.dtype == torch.float64:
+        return "it computes in fp32, x is fp64"
+    base, power = split_order(order, matrix)
+    if base > TRITON_MAX_BASE:
+        return f"its dense factor must not be larger than {TRITON_MAX_BASE}, it is {base}"
+    if base == 1 and matrix is not None:
+        return "its matrix must be at least 2 x 2"
+    padded = (1 << (base - 1).bit_length()) * power * elements
+    if padded > TRITON_MAX_ROW:
+        return f"it rotates at most {TRITON_MAX_ROW} elements at once, here {padded} with padding"
+    return why_not_triton(x, matrix)
+
+
+def _why_not_triton(*args) -> str | None:
+    if not args:
+        return why_not_triton()
+    x, order, _, matrix = args
+    return why_not_rotated_by_triton(x, order, matrix, 1)
 
 
 def _why_not_cuda(*_args) -> str:
@@ -104,7 +137,10 @@ HADAMARD = Op(
     check=_check,
     reference=_reference,
     fake=_fake,
-    backends={"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)},
+    backends={
+        "cuda": Backend(_why_not_cuda),
+        "triton": Backend(_why_not_triton, "lowbit.kernels.hadamard:hadamard"),
+    },
 )
 
 

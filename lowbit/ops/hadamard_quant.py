@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import IntFormat, Layout, PackedTensor
-from lowbit.ops.dispatch import Backend, Op
-from lowbit.ops.hadamard import HADAMARD, check_rotation
+from lowbit.ops.dispatch import Backend, Op, why_not_triton
+from lowbit.ops.hadamard import (
+    HADAMARD,
+    check_rotation,
+    split_order,
+    why_not_rotated_by_triton,
+)
 from lowbit.ops.quantize import (
     QUANTIZE,
     as_packed_tensor,
@@ -24,6 +29,7 @@ from lowbit.ops.quantize import (
     check_grid,
     check_per_token,
     compute_dtype,
+    why_not_quantized_by_triton,
 )
 
 
@@ -69,8 +75,35 @@ def _fake(
     return QUANTIZE.fake(x, bits, 0, symmetric, clip, packed, torch.float32)
 
 
-def _why_not_triton(*_args) -> str:
-    return "no Triton kernel for hadamard_quant yet"
+def why_not_one_row_by_triton(
+    x: Tensor, order: int, inner: int, matrix: Tensor | None, bits: int, packed: bool
+) -> str | None:
+    """What a Triton kernel that rotates and quantizes a whole row in one program leaves out."""
+    blocks = x.shape[-1] // (order * inner)
+    base, _ = split_order(order, matrix)
+    per_byte = 8 // IntFormat(bits).storage_bits if packed else 1
+    # codes that share a byte must be neighbours in the program too, where the inner index, the
+    # base and the number of blocks are padded to powers of two
+    if inner % per_byte:
+        if not _power_of_two(inner):
+            return f"it cannot pack {bits}-bit codes of inner {inner}"
+        if blocks > 1 and order * inner % per_byte and not _power_of_two(base):
+            return f"blocks of {order * inner} do not fill whole bytes of {bits}-bit codes"
+    elements = (1 << (inner - 1).bit_length()) << (blocks - 1).bit_length()
+    return why_not_quantized_by_triton(x, bits, packed) or why_not_rotated_by_triton(
+        x, order, matrix, elements
+    )
+
+
+def _power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+def _why_not_triton(*args) -> str | None:
+    if not args:
+        return why_not_triton()
+    x, order, inner, matrix, bits, _, _, packed = args
+    return why_not_one_row_by_triton(x, order, inner, matrix, bits, packed)
 
 
 def _why_not_cuda(*_args) -> str:
@@ -82,7 +115,10 @@ HADAMARD_QUANT = Op(
     check=_check,
     reference=_reference,
     fake=_fake,
-    backends={"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)},
+    backends={
+        "cuda": Backend(_why_not_cuda),
+        "triton": Backend(_why_not_triton, "lowbit.kernels.hadamard_quant:hadamard_quant"),
+    },
 )
 
 

@@ -24,13 +24,14 @@ symmetric and 2^x_bits - 1 for asymmetric activations. At 8 x 8 bits that is K /
 import torch
 from torch import Tensor
 
-from lowbit.formats import MAX_BITS, MIN_BITS, IntFormat, Layout, PackedTensor
-from lowbit.ops.dispatch import Backend, Op
+from lowbit.formats import GROUP_SIZES, MAX_BITS, MIN_BITS, IntFormat, Layout, PackedTensor
+from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.pack import UNPACK
 from lowbit.ops.quantize import SCALE_DTYPES, check_float
 
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_ACC = 2**31 - 1
+LONGEST_TRITON_GROUP = LARGEST_ACC // (128 * 255)  # it sums 16 * nibble like 8-bit codes: 65793
 ROW_CHUNK = 512  # rows at a time in the reference: their sums stay in the CPU's cache
 
 
@@ -184,15 +185,30 @@ def _fake(
     return x_codes.new_empty((x_codes.shape[0], w_codes.shape[0]), dtype=out_dtype)
 
 
-def _why_not_triton(*_args) -> str:
-    return "no Triton kernel for int_gemm yet"
+def _why_not_triton(*args) -> str | None:
+    if not args:
+        return why_not_triton()
+    x_codes, *_, w_scale, _, x_bits, x_packed, w_bits, _ = args
+    for name, bits in {"x": x_bits if x_packed else 8, "w": w_bits}.items():
+        if IntFormat(bits).storage_bits not in (4, 8):
+            return f"the Triton kernel reads codes packed in 4 or 8 bits, {name}_bits is {bits}"
+    K = x_codes.shape[1] * 8 // (IntFormat(x_bits).storage_bits if x_packed else 8)
+    G = w_scale.shape[1]
+    if G > 1 and K // G not in GROUP_SIZES:
+        return f"the Triton kernel takes groups of {GROUP_SIZES} or one a row, got {K // G}"
+    if K // G > LONGEST_TRITON_GROUP:
+        return f"the Triton kernel sums up to {LONGEST_TRITON_GROUP} elements, got {K // G}"
+    return why_not_triton(*args[:6])
 
 
 def _why_not_cuda(*_args) -> str:
     return "no CUDA kernel for int_gemm yet"
 
 
-_BACKENDS = {"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)}
+_BACKENDS = {
+    "cuda": Backend(_why_not_cuda),
+    "triton": Backend(_why_not_triton, "lowbit.kernels.int_gemm:int_gemm"),
+}
 INT_GEMM = Op("int_gemm", _check, _reference, _fake, _BACKENDS)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbit.formats import PACKED_BITS, Layout, PackedTensor
-from lowbit.ops.dispatch import Backend, Op
+from lowbit.ops.dispatch import Backend, Op, why_not_triton
 
 # A word is the integer that holds one code per byte for as many codes as fill whole packed bytes:
 # 4, 8 and 2 codes in 1, 3 and 1 packed bytes. The reference works on whole words, and reads the
@@ -112,17 +112,23 @@ def _unpack_fake(packed: Tensor, bits: int, signed: bool) -> Tensor:
     return packed.new_empty(shape, dtype=torch.int8 if signed else torch.uint8)
 
 
-def _why_not_triton(*_args) -> str:
-    return "no Triton kernel for pack yet"
+def _why_not_triton(*args) -> str | None:
+    return why_not_triton(*args[:1])
 
 
 def _why_not_cuda(*_args) -> str:
     return "no CUDA kernel for pack yet"
 
 
-_BACKENDS = {"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)}
-PACK = Op("pack", _check_pack, _pack_reference, _pack_fake, _BACKENDS)
-UNPACK = Op("unpack", _check_unpack, _unpack_reference, _unpack_fake, _BACKENDS)
+def _backends(function: str) -> dict[str, Backend]:
+    return {
+        "cuda": Backend(_why_not_cuda),
+        "triton": Backend(_why_not_triton, f"lowbit.kernels.pack:{function}"),
+    }
+
+
+PACK = Op("pack", _check_pack, _pack_reference, _pack_fake, _backends("pack"))
+UNPACK = Op("unpack", _check_unpack, _unpack_reference, _unpack_fake, _backends("unpack"))
 
 
 def pack(codes: Tensor, bits: int, backend: str | None = None) -> Tensor:

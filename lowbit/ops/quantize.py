@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import MAX_BITS, MIN_BITS, MIN_SCALE, IntFormat, Layout, PackedTensor
-from lowbit.ops.dispatch import Backend, Op
+from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.pack import PACK, UNPACK, check_row
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -197,17 +197,65 @@ def _dequantize_fake(
     return codes.new_empty((*codes.shape[:-1], K), dtype=dtype)
 
 
-def _why_not_triton(*_args) -> str:
-    return "no Triton kernel for quantize yet"
+TRITON_MAX_ROW = 32768  # elements of a row, or of a group, that one program holds in registers
+
+
+def why_not_quantized_by_triton(x: Tensor, bits: int, packed: bool) -> str | None:
+    """What every Triton kernel that quantizes leaves out."""
+    if x.dtype == torch.float64:
+        return "it computes in fp32, x is fp64"
+    if packed and IntFormat(bits).storage_bits == 3:
+        return "it does not pack 3-bit codes"
+    return None
+
+
+def _why_not_triton(*args) -> str | None:
+    if not args:
+        return why_not_triton()
+    x, bits, group_size, _, _, packed, _ = args
+    size = group_size or x.shape[-1]
+    if size > TRITON_MAX_ROW:
+        return f"a group must not be longer than {TRITON_MAX_ROW}, it is {size}"
+    if packed and size * IntFormat(bits).storage_bits % 8:
+        return f"groups of {size} do not fill whole bytes of {bits}-bit codes"
+    return why_not_quantized_by_triton(x, bits, packed) or why_not_triton(x)
+
+
+def _why_not_dequantized_by_triton(*args) -> str | None:
+    if not args:
+        return why_not_triton()
+    codes, scale, zero_point, bits, packed, dtype = args
+    if dtype not in FLOAT_DTYPES[1:] or scale.dtype not in SCALE_DTYPES:
+        return f"it computes in fp32, scale is {scale.dtype} and the result {dtype}"
+    if packed and IntFormat(bits).storage_bits == 3:
+        return "it does not unpack 3-bit codes"
+    return why_not_triton(codes, scale, zero_point)
 
 
 def _why_not_cuda(*_args) -> str:
     return "no CUDA kernel for quantize yet"
 
 
-_BACKENDS = {"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)}
-QUANTIZE = Op("quantize", _check, _reference, _fake, _BACKENDS)
-DEQUANTIZE = Op("dequantize", _check_dequantize, _dequantize_reference, _dequantize_fake, _BACKENDS)
+QUANTIZE = Op(
+    "quantize",
+    _check,
+    _reference,
+    _fake,
+    {
+        "cuda": Backend(_why_not_cuda),
+        "triton": Backend(_why_not_triton, "lowbit.kernels.quantize:quantize"),
+    },
+)
+DEQUANTIZE = Op(
+    "dequantize",
+    _check_dequantize,
+    _dequantize_reference,
+    _dequantize_fake,
+    {
+        "cuda": Backend(_why_not_cuda),
+        "triton": Backend(_why_not_dequantized_by_triton, "lowbit.kernels.quantize:dequantize"),
+    },
+)
 
 
 def as_packed_tensor(

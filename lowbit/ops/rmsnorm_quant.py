@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import IntFormat, Layout, PackedTensor
-from lowbit.ops.dispatch import Backend, Op
+from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.quantize import (
+    FLOAT_DTYPES,
     QUANTIZE,
+    TRITON_MAX_ROW,
     as_packed_tensor,
     check_float,
     check_grid,
     check_per_token,
     compute_dtype,
+    why_not_quantized_by_triton,
 )
 
 
@@ -89,8 +92,15 @@ def _fake(
     return *codes, x.new_empty(x.shape)
 
 
-def _why_not_triton(*_args) -> str:
-    return "no Triton kernel for rmsnorm_quant yet"
+def _why_not_triton(*args) -> str | None:
+    if not args:
+        return why_not_triton()
+    x, residual, weight, _, bits, _, _, packed = args
+    if x.shape[-1] > TRITON_MAX_ROW:
+        return f"a row must not be longer than {TRITON_MAX_ROW}, it is {x.shape[-1]}"
+    if weight is not None and weight.dtype not in FLOAT_DTYPES[1:]:
+        return f"it computes in fp32, weight is {weight.dtype}"
+    return why_not_quantized_by_triton(x, bits, packed) or why_not_triton(x, residual, weight)
 
 
 def _why_not_cuda(*_args) -> str:
@@ -102,7 +112,10 @@ RMSNORM_QUANT = Op(
     check=_check,
     reference=_reference,
     fake=_fake,
-    backends={"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)},
+    backends={
+        "cuda": Backend(_why_not_cuda),
+        "triton": Backend(_why_not_triton, "lowbit.kernels.rmsnorm_quant:rmsnorm_quant"),
+    },
 )
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.formats import IntFormat, Layout, PackedTensor
-from lowbit.ops.dispatch import Backend, Op
+from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.hadamard import check_rotation
-from lowbit.ops.hadamard_quant import HADAMARD_QUANT
+from lowbit.ops.hadamard_quant import HADAMARD_QUANT, why_not_one_row_by_triton
 from lowbit.ops.quantize import (
     QUANTIZE,
     as_packed_tensor,
@@ -103,8 +103,13 @@ def _fake(
     return QUANTIZE.fake(gate, bits, 0, symmetric, clip, packed, torch.float32)
 
 
-def _why_not_triton(*_args) -> str:
-    return "no Triton kernel for silu_mul_hadamard_quant yet"
+def _why_not_triton(*args) -> str | None:
+    if not args:
+        return why_not_triton()
+    gate, up, order, matrix, _, bits, _, _, packed = args
+    order, inner = (order, 1) if order else (1, gate.shape[-1])
+    reason = why_not_one_row_by_triton(gate, order, inner, matrix, bits, packed)
+    return reason or why_not_triton(gate, up, matrix)
 
 
 def _why_not_cuda(*_args) -> str:
@@ -116,7 +121,12 @@ SILU_MUL_HADAMARD_QUANT = Op(
     check=_check,
     reference=_reference,
     fake=_fake,
-    backends={"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)},
+    backends={
+        "cuda": Backend(_why_not_cuda),
+        "triton": Backend(
+            _why_not_triton, "lowbit.kernels.silu_mul_hadamard_quant:silu_mul_hadamard_quant"
+        ),
+    },
 )
 
 

@@ -15,8 +15,8 @@ w_bits        2..8; sb = storage bits: 2, 3, 4, else 8
 import torch
 from torch import Tensor
 
-from lowbit.formats import PackedTensor
-from lowbit.ops.dispatch import Backend, Op
+from lowbit.formats import GROUP_SIZES, PackedTensor
+from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.int_gemm import check_operands, check_weight
 from lowbit.ops.quantize import DEQUANTIZE, check_float, compute_dtype
 
@@ -69,15 +69,26 @@ def _fake(
     return x.new_empty((x.shape[0], w_codes.shape[0]))
 
 
-def _why_not_triton(*_args) -> str:
-    return "no Triton kernel for weight_only_gemm yet"
+def _why_not_triton(*args) -> str | None:
+    if not args:
+        return why_not_triton()
+    x, w_scale = args[0], args[2]
+    K, G = x.shape[1], w_scale.shape[1]
+    if x.dtype == torch.float64:
+        return "the Triton kernel computes in fp32, x is fp64"
+    if G > 1 and K // G not in GROUP_SIZES:
+        return f"the Triton kernel takes groups of {GROUP_SIZES} or one a row, got {K // G}"
+    return why_not_triton(*args[:5])
 
 
 def _why_not_cuda(*_args) -> str:
     return "no CUDA kernel for weight_only_gemm yet"
 
 
-_BACKENDS = {"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)}
+_BACKENDS = {
+    "cuda": Backend(_why_not_cuda),
+    "triton": Backend(_why_not_triton, "lowbit.kernels.weight_only_gemm:weight_only_gemm"),
+}
 WEIGHT_ONLY_GEMM = Op("weight_only_gemm", _check, _reference, _fake, _BACKENDS)
 
 

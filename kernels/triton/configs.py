@@ -1,0 +1,384 @@
+"""The configurations of the Triton kernels: data only, nothing is tuned in a user's call.
+
+tests/test_compile.py compiles every one of them for every architecture, without a GPU.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to compile a kernel.
+
+    kernel     "module:function" in lowbit.kernels
+    arguments  run-time arguments in any order: Triton types, such as "*fp16", "i32", "fp32"
+    constants  tl.constexpr arguments; an argument that is 1 at run time belongs here
+    aligned    integer arguments that are multiples of 16; pointers always are
+    fp_fusion  as at launch; False in everything that quantizes
+    expects    regular expressions that the PTX must match
+    forbids    regular expressions that it must not match
+    """
+
+    kernel: str
+    name: str
+    arguments: dict[str, str]
+    constants: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 3
+    aligned: tuple[str, ...] = ()
+    fp_fusion: bool = True
+    expects: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
+
+
+# Division is IEEE; nothing is contracted, so that each product is rounded as in the reference.
+_NO_FAST_DIVISION = r"div\.(full|approx)"
+_IEEE = {
+    "fp_fusion": False,
+    "expects": (r"div\.rn\.f32",),
+    "forbids": (_NO_FAST_DIVISION, r"fma\.rn\.f32", r"rcp\.", r"rsqrt\."),
+}
+# Rotations add x times +-1 by FMA, which rounds no product; an exponential is built of FMAs.
+_ROTATED = {**_IEEE, "forbids": (_NO_FAST_DIVISION,)}
+
+
+def _quantized(symmetric: bool, packed: bool, scale: str = "*fp32") -> dict[str, str]:
+    """The arguments of what a kernel that quantizes returns."""
+    codes = "*u8" if packed or not symmetric else "*i8"
+    return {"codes_ptr": codes, "scale_ptr": scale, "zero_ptr": "*u8", "clip": "fp32"}
+
+
+def _grid(bits: int, symmetric: bool, packed: bool) -> dict[str, object]:
+    return {"BITS": bits, "STORAGE_BITS": bits, "SYMMETRIC": symmetric, "PACKED": packed}
+
+
+QUANTIZE = tuple(
+    Config(
+        "quantize:_quantize_kernel",
+        f"{x}-{block_g}x{block_k}-{bits}-{'sym' if symmetric else 'asym'}",
+        {"x_ptr": f"*{x}", "groups": "i32", **_quantized(symmetric, packed, scale)},
+        {"K": K, **_grid(bits, symmetric, packed), "BLOCK_G": block_g, "BLOCK_K": block_k},
+        warps,
+        **_IEEE,
+    )
+    for x, bits, symmetric, packed, scale, K, block_g, block_k, warps in (
+        ("bf16", 4, True, True, "*fp32", 576, 4, 1024, 8),
+        ("bf16", 8, True, False, "*fp32", 4096, 1, 4096, 8),
+        ("fp16", 4, False, True, "*fp16", 128, 32, 128, 8),
+        ("fp32", 2, False, True, "*fp32", 11008, 1, 16384, 32),
+        ("fp16", 4, True, False, "*fp16", 28672, 1, 32768, 32),
+    )
+)
+DEQUANTIZE = tuple(
+    Config(
+        "quantize:_dequantize_kernel",
+        f"{out}-{bits}-{'sym' if symmetric else 'asym'}",
+        {
+            "codes_ptr": "*u8" if packed or not symmetric else "*i8",
+            "scale_ptr": "*fp16",
+            "zero_ptr": "*u8",
+            "out_ptr": f"*{out}",
+            "total": "i64",
+            "group_size": "i32",
+        },
+        {"BITS": bits, "SYMMETRIC": symmetric, "PACKED": packed, "BLOCK": 1024},
+        aligned=("group_size",),
+        fp_fusion=False,
+        # bf16 is rounded to nearest even, which the interpreter does not show
+        expects=(r"cvt\.rn\.bf16",) if out == "bf16" else (),
+    )
+    for out, bits, symmetric, packed in (
+        ("bf16", 4, True, True),
+        ("fp16", 4, False, True),
+        ("fp32", 8, True, False),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A GEMM takes the first of its tiles that is for its M and N."""
+
+    max_M: float
+    max_N: float
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+def unique(tiles: tuple[Tile, ...]) -> list[Tile]:
+    """One of the tiles that differ in what they are for alone."""
+    return list({(t.BLOCK_M, t.BLOCK_N): t for t in tiles}.values())
+
+
+ANY = float("inf")
+INT_GEMM_TILES = (
+    Tile(16, ANY, 16, 32, 256, 4, 4),
+    Tile(64, ANY, 64, 64, 128, 4, 3),
+    Tile(ANY, 1024, 64, 64, 128, 4, 3),  # more programs where N is small
+    Tile(ANY, ANY, 128, 128, 128, 8, 3),
+)
+# Groups need two accumulators: 128 x 128 spills on sm_89.
+INT_GEMM_GROUPED_TILES = (*INT_GEMM_TILES[:-1], Tile(ANY, ANY, 128, 64, 128, 8, 3))
+# Integer matrix units: wgmma on sm_90 for 64 rows and more, mma.sync elsewhere.
+INT8_MMA = r"mma\.sync\.aligned\.m16n8k32\.\S*s32\.s8\.s8|wgmma\S*k32\.s32\.s8\.s8"
+INT_GEMM = tuple(
+    Config(
+        "int_gemm:int_gemm_kernel",
+        f"{name}-{t.BLOCK_M}x{t.BLOCK_N}",
+        {
+            "x": "*i8",
+            "x_scale": "*fp32",
+            **({} if symmetric else {"x_zero_point": "*u8"}),
+            "w": "*i8",
+            "w_scale": "*fp16" if group else "*fp32",
+            **({} if symmetric else {"bias": "*fp16"}),
+            "y": f"*{out}",
+            "M": "i32",
+            "N": "i32",
+            "K": "i32",
+        },
+        {
+            **({"x_zero_point": None, "bias": None} if symmetric else {}),
+            "X_BITS": x_bits,
+            "X_NIBBLES": x_nibbles,
+            "W_NIBBLES": w_nibbles,
+            "GROUP": group,
+            "BLOCK_M": t.BLOCK_M,
+            "BLOCK_N": t.BLOCK_N,
+            "BLOCK_K": min(t.BLOCK_K, group or t.BLOCK_K),
+        },
+        t.num_warps,
+        t.num_stages,
+        aligned=("N", "K"),
+        fp_fusion=False,
+        # bf16 is rounded to nearest even, which the interpreter does not show
+        expects=(INT8_MMA, *((r"cvt\.rn\.bf16",) if out == "bf16" else ())),
+        forbids=(r"fma\.rn\.f32",),
+    )
+    for name, out, x_bits, symmetric, x_nibbles, w_nibbles, group in (
+        ("w8a8", "fp16", 8, True, False, False, 0),
+        ("w4a8", "bf16", 8, True, False, True, 0),
+        ("w4a4-packed", "fp16", 4, True, True, True, 0),
+        ("w4a8-asym", "fp32", 8, False, False, True, 0),
+        ("w4a4-packed-asym-g32", "bf16", 4, False, True, True, 32),
+        ("w4a8-g128", "fp16", 8, True, False, True, 128),
+    )
+    for t in unique(INT_GEMM_GROUPED_TILES if group else INT_GEMM_TILES)
+)
+
+# M = 1: a GEMV. Groups need two accumulators: with 128 x 128 they spill. fp32 x has no matrix
+# units, and smaller tiles.
+WEIGHT_ONLY_TILES = (
+    Tile(1, ANY, 1, 16, 256, 4, 3),
+    Tile(16, ANY, 16, 64, 128, 4, 4),
+    Tile(64, ANY, 64, 64, 64, 4, 3),
+    Tile(ANY, 1024, 64, 64, 64, 4, 3),
+    Tile(ANY, ANY, 128, 64, 64, 8, 3),
+)
+WEIGHT_ONLY_FP32_TILES = (
+    Tile(1, ANY, 1, 16, 256, 4, 3),
+    Tile(ANY, ANY, 32, 64, 32, 8, 3),
+)
+FLOAT_MMA = r"mma\.sync\.aligned\.m16n8k16\.|wgmma\S*k16\.f32|tcgen05\.mma"
+
+
+def _weight_only(t: Tile, x: str, name: str, bits: int, signed: bool, group: int) -> Config:
+    gemv = t.BLOCK_M == 1
+    return Config(
+        f"weight_only_gemm:weight_only_{'gemv' if gemv else 'gemm'}_kernel",
+        f"{x}-{name}-{t.BLOCK_M}x{t.BLOCK_N}",
+        {
+            "x": f"*{x}",
+            "w": "*u8",
+            "w_scale": "*fp16" if group else "*fp32",
+            **({} if signed else {"w_zero_point": "*u8", "bias": f"*{x}"}),
+            "y": f"*{x}",
+            **({} if gemv else {"M": "i32"}),
+            "N": "i32",
+            "K": "i32",
+        },
+        {
+            **({"w_zero_point": None, "bias": None} if signed else {}),
+            "BITS": bits,
+            "GROUP": group,
+            **({} if gemv else {"BLOCK_M": t.BLOCK_M}),
+            "BLOCK_N": t.BLOCK_N,
+            "BLOCK_K": min(t.BLOCK_K, group or t.BLOCK_K),
+        },
+        t.num_warps,
+        t.num_stages,
+        aligned=("N", "K"),
+        expects=(r"fma\.rn\.f32",) if gemv or x == "fp32" else (FLOAT_MMA,),
+        forbids=(r"mma\S*tf32",),
+    )
+
+
+WEIGHT_ONLY_GEMM = tuple(
+    _weight_only(t, x, *format)
+    for x, tiles, formats in (
+        (
+            "bf16",
+            WEIGHT_ONLY_TILES,
+            (("w4", 4, True, 0), ("w4-asym-g128", 4, False, 128), ("w2-asym-g32", 2, False, 32)),
+        ),
+        ("fp16", WEIGHT_ONLY_TILES, (("w8", 8, True, 0), ("w3-asym-g64", 3, False, 64))),
+        ("fp32", WEIGHT_ONLY_FP32_TILES, (("w4-g128", 4, True, 128),)),
+    )
+    for t in unique(tiles)
+    for format in formats
+)
+
+# order: BASE, BASE_PAD, POW2, LOG_POW2, and the warps of a program that holds one block
+_ORDERS = {
+    64: (1, 1, 64, 6, 8),
+    4096: (1, 1, 4096, 12, 8),
+    576: (144, 256, 4, 2, 8),
+    1536: (12, 16, 128, 7, 8),
+    11008: (344, 512, 32, 5, 32),
+    14336: (28, 32, 512, 9, 32),
+    32768: (1, 1, 32768, 15, 32),
+}
+
+
+def _rotation(order: int, block_r: int, block_i: int) -> dict[str, object]:
+    names = ("BASE", "BASE_PAD", "POW2", "LOG_POW2")
+    constants = dict(zip(names, _ORDERS[order], strict=False))
+    inner = {"inner": 1} if block_i == 1 else {}
+    return {**constants, "BLOCK_R": block_r, "BLOCK_I": block_i, **inner}
+
+
+HADAMARD = tuple(
+    Config(
+        "hadamard:_hadamard_kernel",
+        f"{x}-{order}x{block_r}x{block_i}",
+        {
+            "x_ptr": f"*{x}",
+            "matrix_ptr": "*fp32",
+            "y_ptr": f"*{x}",
+            "blocks": "i32",
+            "factor": "fp32",
+            **({} if block_i == 1 else {"inner": "i32"}),
+        },
+        _rotation(order, block_r, block_i),
+        _ORDERS[order][-1],
+        expects=(r"cvt\.rn\.bf16",) if x == "bf16" else (),
+    )
+    for x, order, block_r, block_i in (
+        ("bf16", 64, 64, 1),
+        ("fp16", 64, 1, 64),
+        ("bf16", 4096, 1, 1),
+        ("fp32", 576, 4, 1),
+        ("bf16", 1536, 2, 1),
+        ("bf16", 11008, 1, 1),
+        ("bf16", 14336, 1, 1),
+        ("fp16", 32768, 1, 1),
+    )
+)
+HADAMARD_QUANT = tuple(
+    Config(
+        "hadamard_quant:_hadamard_quant_kernel",
+        f"{x}-{order}x{block_i}-{bits}",
+        {
+            "x_ptr": f"*{x}",
+            "matrix_ptr": "*fp32",
+            "factor": "fp32",
+            **_quantized(symmetric, packed),
+            **({} if block_i == 1 else {"inner": "i32"}),
+        },
+        {"A": 1, **_rotation(order, 1, block_i), **_grid(bits, symmetric, packed)},
+        16 if block_i > 1 else _ORDERS[order][-1],
+        **_ROTATED,
+    )
+    for x, order, bits, symmetric, packed, block_i in (
+        ("bf16", 4096, 4, True, True, 1),
+        ("bf16", 64, 4, True, True, 128),
+        ("bf16", 1536, 8, True, False, 1),
+        ("fp16", 576, 4, False, True, 1),
+        ("bf16", 11008, 4, True, True, 1),
+        ("bf16", 14336, 4, True, True, 1),
+        ("fp16", 32768, 8, False, False, 1),
+    )
+)
+SILU_MUL_HADAMARD_QUANT = tuple(
+    Config(
+        "silu_mul_hadamard_quant:_silu_mul_hadamard_quant_kernel",
+        f"{x}-{order}-{activation}-{bits}",
+        {
+            "gate_ptr": f"*{x}",
+            "up_ptr": f"*{x}",
+            "matrix_ptr": "*fp32",
+            "factor": "fp32",
+            **_quantized(symmetric, packed),
+        },
+        {
+            "A": 1,
+            "ACTIVATION": activation,
+            **_rotation(order, 1, 1),
+            **_grid(bits, symmetric, packed),
+        },
+        _ORDERS[order][-1],
+        **_ROTATED,
+    )
+    for x, order, activation, bits, symmetric, packed in (
+        ("bf16", 1536, "silu", 4, True, True),
+        ("bf16", 11008, "silu", 4, True, True),
+        ("bf16", 14336, "silu", 8, True, False),
+        ("fp16", 4096, "gelu", 4, False, True),
+        ("bf16", 4096, "gelu_tanh", 4, True, True),
+        ("bf16", 64, "relu", 8, True, False),
+    )
+)
+RMSNORM_QUANT = tuple(
+    Config(
+        "rmsnorm_quant:_rmsnorm_quant_kernel",
+        f"{x}-{block}-{bits}" + ("" if residual else "-plain"),
+        {
+            **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "sum_ptr"), f"*{x}"),
+            **_quantized(symmetric, packed),
+            "eps": "fp32",
+            "K": "i32",
+        },
+        {
+            "HAS_RESIDUAL": residual,
+            "HAS_WEIGHT": residual,
+            "BLOCK": block,
+            **_grid(bits, symmetric, packed),
+        },
+        warps,
+        aligned=("K",),
+        **_IEEE,
+    )
+    for x, block, bits, symmetric, packed, residual, warps in (
+        ("bf16", 1024, 4, True, True, True, 2),
+        ("fp16", 4096, 8, True, False, False, 8),
+        ("bf16", 8192, 4, False, True, True, 16),
+    )
+)
+PACK, UNPACK = (
+    tuple(
+        Config(
+            f"pack:_{kernel}_kernel",
+            f"{bits}",
+            {"codes_ptr": "*i8", "packed_ptr": "*u8", "codes": "i32", "packed": "i32"},
+            {"BITS": bits, **constants, "BLOCK": 1024},
+        )
+        for bits in (2, 3, 4, 8)
+    )
+    for kernel, constants in (("pack", {}), ("unpack", {"SIGNED": True}))
+)
+
+CONFIGS: dict[str, tuple[Config, ...]] = {  # by op
+    "pack": PACK,
+    "unpack": UNPACK,
+    "quantize": QUANTIZE,
+    "dequantize": DEQUANTIZE,
+    "hadamard": HADAMARD,
+    "hadamard_quant": HADAMARD_QUANT,
+    "rmsnorm_quant": RMSNORM_QUANT,
+    "silu_mul_hadamard_quant": SILU_MUL_HADAMARD_QUANT,
+    "int_gemm": INT_GEMM,
+    "weight_only_gemm": WEIGHT_ONLY_GEMM,
+}

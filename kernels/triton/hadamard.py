@@ -1,0 +1,197 @@
+"""Triton hadamard. The contract is in lowbit/ops/hadamard.py.
+
+One program per BLOCK_R blocks of order * inner elements, and BLOCK_I of the inner index. The order
+is BASE * POW2 (lowbit.ops.hadamard.split_order), its index b * POW2 + p.
+
+    step 1  over b: x[b, :] comes from memory, once, and row b of the BASE x BASE matrix times it
+            is added to all of y: BASE multiplications an element; a `matrix` is BASE alone
+    step 2  over p: butterflies; step k pairs p with p ^ 2^k, viewing y as [..., 2, 2^k * BLOCK_I]
+
+A power of two is bound by memory, 2 bytes in and 2 out an element; a large BASE by step 1. BASE is
+padded to a power of two in y alone.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit.hadamard import factorize, hadamard_matrix
+from lowbit.kernels.common import device_of, warps_for
+from lowbit.ops.hadamard import split_order
+
+BLOCK = 4096  # numbers a program holds, unless one block alone is longer
+
+
+@triton.jit
+def _load(x_ptr, up_ptr, at, valid, ACTIVATION: tl.constexpr):
+    """x, or ACTIVATION(x) * up, in fp32; 0 where it is not valid."""
+    x = tl.load(x_ptr + at, valid, other=0.0).to(tl.float32)
+    if ACTIVATION != "":
+        x = activate(x, ACTIVATION) * tl.load(up_ptr + at, valid, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def activate(g, ACTIVATION: tl.constexpr):
+    """The activations of lowbit/ops/silu_mul_hadamard_quant.py; of 0 they are 0."""
+    if ACTIVATION == "relu":
+        y = tl.where(g <= 0.0, 0.0, g)  # nan stays
+    elif ACTIVATION == "gelu":
+        y = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)),   u = sqrt(2 / pi) (g + 0.044715 g^3)
+        y = _divided(g, -2 * 0.7978845608028654 * (g + 0.044715 * g * g * g))
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        y = _divided(g, -g)
+    return y
+
+
+@triton.jit
+def _divided(g, exponent):
+    """g / (1 + exp(exponent))"""
+    return tl.div_rn(g, 1.0 + tl.exp(exponent))
+
+
+@triton.jit
+def rotate(
+    x_ptr,
+    up_ptr,  # like x, read with an activation
+    matrix_ptr,  # [BASE, BASE_PAD] fp32, its columns padded with 0; not read when BASE is 1
+    block,  # [BLOCK_R] int64: which blocks of x viewed as [blocks, BASE, POW2, inner]
+    block_valid,  # [BLOCK_R]
+    first_i,
+    inner,
+    BASE: tl.constexpr,
+    BASE_PAD: tl.constexpr,
+    POW2: tl.constexpr,
+    LOG_POW2: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # "", or applied to x first; then times up
+):
+    """y [BLOCK_R, BASE_PAD, POW2 * BLOCK_I] fp32, not yet divided; offsets of y[:, 0]; validity."""
+    PI: tl.constexpr = POW2 * BLOCK_I
+    BLOCK_R: tl.constexpr = block.shape[0]
+    pi = tl.arange(0, PI)
+    i = first_i + pi % BLOCK_I
+    at = block[:, None] * (BASE * POW2 * inner) + (pi // BLOCK_I * inner + i)[None, :]
+    valid = block_valid[:, None] & (i < inner)[None, :]  # [BLOCK_R, PI]
+
+    # step 1
+    if BASE == 1:
+        y = _load(x_ptr, up_ptr, at, valid, ACTIVATION)
+    else:
+        columns = tl.arange(0, BASE_PAD)
+        y = tl.zeros([BLOCK_R, BASE_PAD, PI], tl.float32)
+        for b in range(BASE):
+            x = _load(x_ptr, up_ptr, at + b * (POW2 * inner), valid, ACTIVATION)
+            row = tl.load(matrix_ptr + b * BASE_PAD + columns)
+            # also where fusion is off: with +-1 it changes no bit
+            row = tl.broadcast_to(row[None, :, None], y.shape)
+            y = tl.fma(row, tl.broadcast_to(x[:, None, :], y.shape), y)
+
+    # step 2
+    for k in tl.static_range(LOG_POW2):
+        y = tl.reshape(y, [BLOCK_R * BASE_PAD * (POW2 >> (k + 1)), 2, (1 << k) * BLOCK_I])
+        low, high = tl.split(tl.permute(y, [0, 2, 1]))
+        y = tl.permute(tl.join(low + high, low - high), [0, 2, 1])
+    return tl.reshape(y, [BLOCK_R, BASE_PAD, PI]), at, valid
+
+
+@triton.jit
+def _hadamard_kernel(
+    x_ptr,  # [blocks, BASE, POW2, inner]
+    matrix_ptr,
+    y_ptr,  # like x
+    blocks,
+    inner,
+    factor,  # 1 / sqrt(order); 1 with a matrix
+    BASE: tl.constexpr,
+    BASE_PAD: tl.constexpr,
+    POW2: tl.constexpr,
+    LOG_POW2: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_i = tl.program_id(1) * BLOCK_I
+    y, at, valid = rotate(
+        x_ptr,
+        x_ptr,
+        matrix_ptr,
+        block,
+        block < blocks,
+        first_i,
+        inner,
+        BASE,
+        BASE_PAD,
+        POW2,
+        LOG_POW2,
+        BLOCK_I,
+        "",
+    )
+    y = (y * factor).to(y_ptr.dtype.element_ty)
+    b = tl.arange(0, BASE_PAD)
+    at = at[:, None, :] + (b * (POW2 * inner))[None, :, None]
+    tl.store(y_ptr + at, y, valid[:, None, :] & (b < BASE)[None, :, None])
+
+
+@lru_cache(maxsize=32)
+def _base_matrix(order: int, device: torch.device) -> Tensor:
+    """The Kronecker product of order's base orders, [BASE, BASE_PAD]. Shared between calls."""
+    product = torch.ones(1, 1, dtype=torch.int8)
+    for f in factorize(order):
+        if f & (f - 1):
+            product = torch.kron(product, hadamard_matrix(f))
+    with torch.inference_mode(False):
+        return padded(product).to(device)
+
+
+def padded(matrix: Tensor) -> Tensor:
+    """fp32, contiguous, columns padded to a power of two."""
+    n = len(matrix)
+    return torch.nn.functional.pad(matrix.float(), (0, triton.next_power_of_2(n) - n)).contiguous()
+
+
+def rotation_arguments(x: Tensor, order: int, matrix: Tensor | None) -> tuple:
+    """(matrix_ptr, factor, BASE, BASE_PAD, POW2, LOG_POW2) of one rotation."""
+    base, pow2 = split_order(order, matrix)
+    factor = 1.0 if matrix is not None else 1 / math.sqrt(order)
+    if matrix is not None:
+        table = padded(matrix)
+    else:
+        table = x if base == 1 else _base_matrix(order, x.device)  # x: not read
+    return table, factor, base, triton.next_power_of_2(base), pow2, pow2.bit_length() - 1
+
+
+def hadamard(x: Tensor, order: int, inner: int, matrix: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    blocks = x.numel() // (order * inner)
+    if not blocks:
+        return y
+    table, factor, base, base_pad, pow2, log_pow2 = rotation_arguments(x, order, matrix)
+    size = base_pad * pow2
+    block_i = min(triton.next_power_of_2(inner), max(BLOCK // size, 1))
+    block_r = max(BLOCK // (size * block_i), 1)
+    with device_of(x):
+        _hadamard_kernel[(triton.cdiv(blocks, block_r), triton.cdiv(inner, block_i))](
+            x,
+            table,
+            y,
+            blocks,
+            inner,
+            factor,
+            base,
+            base_pad,
+            pow2,
+            log_pow2,
+            block_r,
+            block_i,
+            num_warps=warps_for(size * block_i * block_r),
+        )
+    return y

@@ -1,0 +1,231 @@
+"""Triton int_gemm. The contract is in lowbit/ops/int_gemm.py.
+
+One program computes a BLOCK_M x BLOCK_N tile of y:
+
+1. Load BLOCK_K columns of x and w as they lie; expand packed nibbles to int8, in registers.
+2. Multiply on the int8 matrix units, sum in int32. After each group (BLOCK_K divides a group; per
+   channel, after the last column) shift out the factors of step 1, convert, times w_scale.
+3. Times x_scale, plus bias, narrowed once. FP fusion is off: each product and sum is rounded, so
+   that fp32 arithmetic gives the bits of the reference. The sums before it are exact.
+
+A nibble is never sign-extended. Byte j of a row holds codes 2j (low) and 2j + 1 (high):
+
+    byte << 4  = 16 * low  modulo 2^8       the low nibble's sign bit is now the byte's
+    byte & F0  = 16 * high modulo 2^8       and so is the high nibble's
+
+-8 .. 7 times 16 is -128 .. 112: both are exactly int8, for four bytes at once one shift and two
+masks, three instructions for eight codes and two more to interleave them. Each packed operand makes
+the sum 16 times too large; what is left is a multiple of 16, so an arithmetic shift right by 4 is
+exact.
+
+Unsigned codes that do not fit int8 are moved to it by flipping their top bit, which subtracts
+CENTER = 2^(b-1); sum (code - zero) w = sum (code - CENTER) w + (CENTER - zero) sum w, modulo
+2^32. mma.sync saturates, so no partial sum may overflow: 2^7 * 2^7 * LONGEST_TRITON_GROUP < 2^31.
+
+Large M is bound by the matrix units, small M by reading w once per BLOCK_M rows. There is no
+split-K: with N / BLOCK_N programs, one row of a small matrix does not fill a large GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit.formats import IntFormat
+from lowbit.kernels.common import device_of
+from lowbit.kernels.configs import INT_GEMM_GROUPED_TILES, INT_GEMM_TILES
+from lowbit.ops.dispatch import interpreted
+
+INTERPRETED = tl.constexpr(interpreted())  # no inline assembly; the same arithmetic in tl instead
+
+
+@triton.jit
+def expand_nibbles(t):
+    """int8 [R, 2C] of packed int8 [R, C]: 16 times the signed nibbles, in their order."""
+    if INTERPRETED:
+        low, high = t << 4, t & -16
+    else:  # one instruction for four bytes: compiled from tl, each byte is taken out and put back
+        low, high = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $2, 4; "
+            "and.b32 $0, t, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }",
+            "=&r,=r,r",
+            [t],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    return tl.reshape(tl.join(low, high), [t.shape[0], 2 * t.shape[1]])
+
+
+@triton.jit
+def flip_top_bits(t, NIBBLES: tl.constexpr):
+    """t with the top bit of every byte, or of every nibble, flipped."""
+    if INTERPRETED:
+        flipped = t ^ (-120 if NIBBLES else -128)  # 0x88, 0x80
+    elif NIBBLES:
+        flipped = tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, 0x88888888;", "=r,r", [t], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        flipped = tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, 0x80808080;", "=r,r", [t], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return flipped
+
+
+@triton.jit
+def add_columns(
+    acc,
+    w_sum,
+    x_rows,
+    w_rows,
+    x_valid,
+    w_valid,
+    start,
+    K,
+    X_BITS: tl.constexpr,
+    X_NIBBLES: tl.constexpr,
+    W_NIBBLES: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc [BLOCK_M, BLOCK_N] and w_sum [BLOCK_N] with BLOCK_K columns from `start` added."""
+    X_STEP: tl.constexpr = BLOCK_K // 2 if X_NIBBLES else BLOCK_K  # bytes
+    W_STEP: tl.constexpr = BLOCK_K // 2 if W_NIBBLES else BLOCK_K
+    x_at = (start // 2 if X_NIBBLES else start) + tl.arange(0, X_STEP)
+    w_at = (start // 2 if W_NIBBLES else start) + tl.arange(0, W_STEP)
+    x_row_bytes = K // 2 if X_NIBBLES else K
+    w_row_bytes = K // 2 if W_NIBBLES else K
+    x_mask = x_valid[:, None] & (x_at < x_row_bytes)[None, :]
+    w_mask = w_valid[:, None] & (w_at < w_row_bytes)[None, :]
+    x = tl.load(x_rows[:, None] + x_at[None, :], mask=x_mask, other=0)
+    w = tl.load(w_rows[:, None] + w_at[None, :], mask=w_mask, other=0)  # 0 past the row, whatever x
+    if HAS_ZERO_POINT and (X_NIBBLES or X_BITS == 8):
+        x = flip_top_bits(x, X_NIBBLES)
+    if X_NIBBLES:
+        x = expand_nibbles(x)
+    if W_NIBBLES:
+        w = expand_nibbles(w)
+    acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
+    if HAS_ZERO_POINT:
+        w_sum += tl.sum(w.to(tl.int32), axis=1)
+    return acc, w_sum
+
+
+@triton.jit
+def int_gemm_kernel(
+    x,  # [M, K] or [M, K / 2] bytes
+    x_scale,  # [M]
+    x_zero_point,  # [M] or None
+    w,  # [N, K] or [N, K / 2] bytes
+    w_scale,  # [N, G]
+    bias,  # [N] or None
+    y,  # [M, N]
+    M,
+    N,
+    K,
+    X_BITS: tl.constexpr,
+    X_NIBBLES: tl.constexpr,  # two codes a byte
+    W_NIBBLES: tl.constexpr,
+    GROUP: tl.constexpr,  # elements of a row that share a w_scale; 0: all K
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    HAS_ZERO_POINT: tl.constexpr = x_zero_point is not None
+    X_FACTOR: tl.constexpr = 16 if X_NIBBLES else 1
+    SHIFT: tl.constexpr = (4 if X_NIBBLES else 0) + (4 if W_NIBBLES else 0)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_valid, n_valid = m < M, n < N
+    x_rows = x + m.to(tl.int64) * (K // 2 if X_NIBBLES else K)
+    w_rows = w + n.to(tl.int64) * (K // 2 if W_NIBBLES else K)
+
+    shift = tl.zeros([BLOCK_M], tl.int32)
+    if HAS_ZERO_POINT:
+        CENTER: tl.constexpr = 8 if X_NIBBLES else (128 if X_BITS == 8 else 0)
+        zero_point = tl.load(x_zero_point + m, mask=m_valid, other=0).to(tl.int32)
+        shift = (CENTER - zero_point) * X_FACTOR
+
+    if GROUP == 0:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+        w_sum = tl.zeros([BLOCK_N], tl.int32)
+        for start in range(0, K, BLOCK_K):
+            acc, w_sum = add_columns(
+                acc, w_sum, x_rows, w_rows, m_valid, n_valid, start, K,
+                X_BITS, X_NIBBLES, W_NIBBLES, HAS_ZERO_POINT, BLOCK_K,
+            )  # fmt: skip
+        if HAS_ZERO_POINT:
+            acc += shift[:, None] * w_sum[None, :]
+        scale = tl.load(w_scale + n, mask=n_valid, other=0.0).to(tl.float32)
+        out = (acc >> SHIFT).to(tl.float32) * scale[None, :]
+    else:
+        out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        G = K // GROUP
+        for g in range(0, G):
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+            w_sum = tl.zeros([BLOCK_N], tl.int32)
+            for part in tl.static_range(GROUP // BLOCK_K):
+                acc, w_sum = add_columns(
+                    acc, w_sum, x_rows, w_rows, m_valid, n_valid, g * GROUP + part * BLOCK_K, K,
+                    X_BITS, X_NIBBLES, W_NIBBLES, HAS_ZERO_POINT, BLOCK_K,
+                )  # fmt: skip
+            if HAS_ZERO_POINT:
+                acc += shift[:, None] * w_sum[None, :]
+            scale = tl.load(w_scale + n.to(tl.int64) * G + g, mask=n_valid, other=0.0)
+            out += (acc >> SHIFT).to(tl.float32) * scale.to(tl.float32)[None, :]
+
+    out *= tl.load(x_scale + m, mask=m_valid, other=0.0)[:, None]
+    if bias is not None:
+        out += tl.load(bias + n, mask=n_valid, other=0.0).to(tl.float32)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=m_valid[:, None] & n_valid[None, :])
+
+
+def int_gemm(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_bits: int,
+    x_packed: bool,
+    w_bits: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    x_nibbles = x_packed and IntFormat(x_bits).storage_bits == 4
+    w_nibbles = IntFormat(w_bits).storage_bits == 4
+    M, N, K = x_codes.shape[0], w_codes.shape[0], x_codes.shape[1] * (2 if x_nibbles else 1)
+    y = x_codes.new_empty((M, N), dtype=out_dtype)
+    if y.numel() == 0:
+        return y
+    G = w_scale.shape[1]
+    group = 0 if G == 1 else K // G
+    tiles = INT_GEMM_GROUPED_TILES if group else INT_GEMM_TILES
+    tile = next(t for t in tiles if M <= t.max_M and N <= t.max_N)
+    grid = (triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N))
+    with device_of(y):
+        int_gemm_kernel[grid](
+            x_codes.contiguous().view(torch.int8),
+            x_scale.contiguous(),
+            None if x_zero_point is None else x_zero_point.contiguous(),
+            w_codes.contiguous().view(torch.int8),
+            w_scale.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            M,
+            N,
+            K,
+            X_BITS=x_bits,
+            X_NIBBLES=x_nibbles,
+            W_NIBBLES=w_nibbles,
+            GROUP=group,
+            BLOCK_M=tile.BLOCK_M,
+            BLOCK_N=tile.BLOCK_N,
+            BLOCK_K=min(tile.BLOCK_K, group or tile.BLOCK_K),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=False,
+        )
+    return y
