@@ -7,6 +7,7 @@ that block.
 """
 
 import contextlib
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -196,6 +197,12 @@ def _quantize_block(
         hessian = stream.hessian(block, linears[stage[0]], index) if stream else None
         for name, linear in linears.items():
             weight, report = recipe.rounder.round(linear.weight, format.weight, hessian)
+            if "damp" in report and report["damp"] is None:
+                bar.write(
+                    f"warning: block {index}, {name}: no damping made its Hessian positive "
+                    "definite, rounded to nearest",
+                    file=sys.stderr,
+                )
             rounded = dequantize(weight)
             if hessian is not None:
                 lost = quadratic_error(linear.weight - rounded, hessian)

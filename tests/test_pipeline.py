@@ -13,6 +13,7 @@ from lowbit.nn.mlp import QuantMLP
 from lowbit.ops import quantize
 from lowbit.quantize import sample_windows
 from lowbit.recipes import Calibration
+from lowbit.rounding import GPTQ
 
 CALIBRATION = tiny_tokens(8, 32, seed=9)
 RECIPES = sorted(lowbit.RECIPES)
@@ -79,6 +80,13 @@ def test_gptq_lowers_the_output_error_of_every_linear():
     report = quantized("gptq", "w4a16").lowbit_config.report["rounding"]
     assert len(report) == 2 * 7
     assert all(0 < r["relative_error"] < 0.05 and r["damp"] == 0.01 for r in report.values())
+
+
+def test_a_hopeless_hessian_is_a_warning_and_in_the_report(capsys, monkeypatch):
+    monkeypatch.setattr(GPTQ, "_inverse_factor", lambda self, hessian: (None, None))
+    report = quantized("gptq", "w4a16").lowbit_config.report["rounding"]
+    assert report["1.mlp.down_proj"]["damp"] is None
+    assert "warning: block 1, mlp.down_proj: no damping" in capsys.readouterr().err
 
 
 def test_the_report_says_what_was_done():
