@@ -1,8 +1,5 @@
 """The whole path on a real model, SmolLM2-135M, and real text. Minutes: the slow tier."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from helpers import assert_bitwise
@@ -103,34 +100,3 @@ def test_a_padded_batch_generates_what_its_rows_do_alone(checkpoint, tokenizer):
         alone = tokenizer(prompt, return_tensors="pt")
         out = model.generate(**alone, **options)[0, alone.input_ids.shape[1] :]
         assert torch.equal(row[: len(out)], out)
-
-
-MEMORY = """
-import torch
-import lowbit
-from lowbit.models.source import PACKAGED, load_source
-
-def status(key):
-    line = next(line for line in open("/proc/self/status") if line.startswith(key))
-    return 1024 * int(line.split()[1])
-
-model, _ = load_source(PACKAGED, torch.bfloat16)
-for parameter in model.parameters():
-    parameter.data = parameter.data.clone()  # memory of its own, not the file's pages
-windows = torch.randint(3, 49000, (8, 512))
-before = status("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # resets VmHWM, the peak
-lowbit.quantize(model, "quarot", "w4a4kv4", calibration=windows, progress=False)
-print(status("VmHWM") - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_quantizing_needs_one_block_and_its_activations():
-    """Peak growth over the bf16 model: below the untied head (57 MB), a block in fp32 (14 MB), the
-    activations entering it (9 MB) and what one forward of it makes of 4096 tokens (a dozen
-    tensors of at most 25 MB). A second model would be 269 MB in bf16 and 538 MB in fp32."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    head, block, hidden = 49152 * 576 * 2, 3_540_096 * 4, 8 * 512 * 576 * 4
-    assert int(done.stdout) < head + block + hidden + 12 * 4096 * 1536 * 4
