@@ -1,9 +1,9 @@
 """The pipeline: a float model, a recipe and a format in; a packed model out.
 
 Block-sequential: one block at a time is converted to fp32, transformed (fused in fp64), calibrated
-stage by stage on the outputs of the blocks already rounded, rounded, and reduced to its codes. So
-it needs no more memory than the model, one block in fp32 and the calibration activations entering
-that block.
+stage by stage on the outputs of the blocks already rounded, rounded, and reduced to its codes. It
+holds the model, one block in fp32 and the calibration activations entering that block; what one
+forward of the block makes on the way comes on top (docs/notes/0001, "Memory").
 """
 
 import contextlib
