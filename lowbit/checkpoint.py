@@ -11,13 +11,11 @@ and assigns the tensors one by one: the full-precision model never exists.
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -29,9 +27,19 @@ from lowbit.models.source import LOAD_ERRORS
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.swap import set_backend, swap
 from lowbit.ops.dispatch import BACKENDS
+from lowbit.tensors import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    assign,
+    lookup,
+    named_tensors,
+    open_tensors,
+    read_json,
+    read_tensors,
+    restore_rotary,
+    tensor_files,
+)
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 QUANTIZATION_KEY = "quantization_config"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -62,7 +70,7 @@ def save(
         raise InputError("save needs a packed model, got its fake-quantized simulation")
     with written_beside(path, overwrite) as folder:
         (folder / CONFIG_FILE).write_text(json.dumps(_config_dict(model), indent=2) + "\n")
-        _write_tensors(_named_tensors(model), folder, max_shard_bytes)
+        _write_tensors(named_tensors(model), folder, max_shard_bytes)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
@@ -90,15 +98,15 @@ def load(
     adapter = adapter_for(model.config)
     swap(model, adapter, lowbit_config)
 
-    files = _tensor_files(folder)
-    _check(folder, files, _named_tensors(model), saved_dtype, model.dtype)
-    for name, tensor in _read(files):
-        expected = _lookup(model, name)
+    files = tensor_files(folder)
+    _check(folder, files, named_tensors(model), saved_dtype, model.dtype)
+    for name, tensor in read_tensors(files):
+        expected = lookup(model, name)
         # A copy: aligned memory that does not depend on the file staying as it is.
-        _assign(model, name, tensor.to(device=device or "cpu", dtype=expected.dtype, copy=True))
+        assign(model, name, tensor.to(device=device or "cpu", dtype=expected.dtype, copy=True))
     if model.config.tie_word_embeddings:
         model.tie_weights()
-    _restore_rotary(model, adapter.rotary_path, device or "cpu")
+    restore_rotary(model, adapter.rotary_path, device or "cpu")
     if (folder / GENERATION_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     set_backend(model, backend)
@@ -112,23 +120,13 @@ def read_config(folder: Path) -> dict:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise InputError(f"checkpoint {str(folder)!r} must hold a {CONFIG_FILE}, got none")
-    config = _read_json(file)
+    config = read_json(file)
     if not isinstance(config.get(QUANTIZATION_KEY), dict):
         raise InputError(
             f"{file} must hold a {QUANTIZATION_KEY} written by lowbit, got none: "
             "quantize the model first"
         )
     return config
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} must be JSON, got {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file} must be a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _parse(folder: Path, d: dict) -> LowbitConfig:
@@ -167,17 +165,6 @@ def _build(
     return model, saved
 
 
-def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What a checkpoint holds: the state dict without an output head that is the embedding."""
-    tensors = model.state_dict()
-    if model.config.tie_word_embeddings:
-        head = model.get_output_embeddings()
-        for name, module in model.named_modules():
-            if module is head:
-                tensors.pop(f"{name}.weight", None)
-    return tensors
-
-
 def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int):
     shards: list[dict[str, Tensor]] = [{}]
     room = max_shard_bytes
@@ -203,28 +190,6 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: in
         shutil.copymode(folder / CONFIG_FILE, folder / file)  # safetensors leaves it private
 
 
-def _tensor_files(folder: Path) -> list[Path]:
-    if not (folder / INDEX_FILE).is_file():
-        files = [folder / WEIGHTS_FILE]
-    else:
-        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{folder / INDEX_FILE} must hold a weight_map, got none")
-        # .name: a part lies in this folder, whatever the index says
-        files = [folder / Path(str(file)).name for file in sorted(set(weight_map.values()))]
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"checkpoint file {str(file)!r} does not exist")
-    return files
-
-
-def _open(file: Path):
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise InputError(f"{file} must be a whole safetensors file, got {error}") from None
-
-
 def _check(
     folder: Path,
     files: list[Path],
@@ -235,7 +200,7 @@ def _check(
     """Every tensor there, none besides, all of the right shape and dtype; reads headers only."""
     found = set()
     for file in files:
-        with _open(file) as handle:
+        with open_tensors(file) as handle:
             for name in handle.keys():
                 found.add(name)
                 if name not in expected:
@@ -257,31 +222,3 @@ def _check(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"checkpoint {str(folder)!r}: missing tensor {missing[0]}{more}")
-
-
-def _read(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for file in files:
-        with _open(file) as handle:
-            for name in handle.keys():
-                yield name, handle.get_tensor(name)
-
-
-def _lookup(model: nn.Module, name: str) -> Tensor:
-    parent, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(parent), leaf)
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor):
-    parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(parent)
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[leaf] = tensor
-
-
-def _restore_rotary(model: PreTrainedModel, path: str, device: str | torch.device):
-    """Rotary frequencies are not saved: they follow from the configuration."""
-    parent, _, leaf = path.rpartition(".")
-    rotary = type(model.get_submodule(path))(model.config)
-    setattr(model.get_submodule(parent), leaf, rotary.to(device))

@@ -17,7 +17,7 @@ from lowbit.evaluate.size import Size, folder_bytes, size_of
 from lowbit.evaluate.text import manual_text, read_text, tokenize
 from lowbit.files import check_target
 from lowbit.formats import QuantFormat
-from lowbit.models.source import load_source, quant_method
+from lowbit.models.source import load_source, open_source, quant_method
 from lowbit.quantize import quantize, sample_windows
 from lowbit.recipes import Calibration, recipe_named
 
@@ -62,9 +62,11 @@ def run_quantize(args) -> Result:
     recipe = replace(recipe, calibration=Calibration(args.samples, args.length))
     check_target(args.output, args.overwrite)  # before minutes of work, and again before renaming
     text = read_text(args.calibration) if args.calibration else None
-    model, tokenizer = load_source(args.model, dtype_of(args), args.trust_remote_code)
+    source, tokenizer = open_source(
+        args.model, dtype_of(args), args.trust_remote_code, device_of(args)
+    )
     start = time.perf_counter()
-    model = quantize(model.to(device_of(args)), recipe, format, text, tokenizer, args.seed)
+    model = quantize(source, recipe, format, text, tokenizer, args.seed)
     seconds = time.perf_counter() - start
     checkpoint.save(model, args.output, tokenizer, args.overwrite)
     size, on_disk = size_of(model), folder_bytes(args.output)

@@ -1,9 +1,11 @@
 """The pipeline: a float model, a recipe and a format in; a packed model out.
 
-Block-sequential: one block at a time is converted to fp32, transformed (fused in fp64), calibrated
-stage by stage on the outputs of the blocks already rounded, rounded, and reduced to its codes. It
-holds the model, one block in fp32 and the calibration activations entering that block; what one
-forward of the block makes on the way comes on top (docs/notes/0001, "Memory").
+Block-sequential: one block at a time is read, converted to fp32, transformed (fused in fp64),
+calibrated stage by stage on the outputs of the blocks already rounded, rounded, and reduced to its
+codes. A model given by name is never whole in memory: there are its embedding and head, the blocks
+packed so far, one block in fp32, the calibration activations entering it, and what solving for its
+largest linear takes. That is less than the model in bf16, one block in fp32 and the activations
+(docs/notes/0001, "Memory"). A model object is whole from the start; its blocks shrink in turn.
 """
 
 import contextlib
@@ -19,18 +21,20 @@ from lowbit.errors import InputError
 from lowbit.evaluate.text import manual_text
 from lowbit.formats import QuantFormat
 from lowbit.models import Adapter, adapter_for
-from lowbit.models.source import load_source
+from lowbit.models.source import open_source
+from lowbit.models.stored import StoredModel
 from lowbit.nn.swap import swap
 from lowbit.ops import dequantize
 from lowbit.recipes import Calibration, Recipe, recipe_named
 from lowbit.rounding import quadratic_error
 from lowbit.transforms import FittedTransforms, Rotate, fit, hook_online
 
-TOKENS_AT_ONCE = 4096  # calibration tokens in one forward of a block
+TOKENS_AT_ONCE = 2048  # calibration tokens in one forward of a block
+ROWS_AT_ONCE = 1024  # of a weight that is checked: it may not fit a second time
 
 
 def quantize(
-    model: PreTrainedModel | str,
+    model: PreTrainedModel | StoredModel | str,
     recipe: str | Recipe = "quarot",
     format: str | QuantFormat = "w4a4kv4",
     calibration: Tensor | str | None = None,
@@ -40,8 +44,9 @@ def quantize(
 ) -> PreTrainedModel:
     """Quantize a model in place and return it, its linear and attention layers packed.
 
-    model        a Hugging Face model, or a folder, hub name or "smollm2-135m" to load; consumed:
-                 its weights are released block by block as they are packed
+    model        a folder, hub name or "smollm2-135m", whose blocks are read one at a time (or what
+                 open_source makes of it); or a Hugging Face model. Consumed: its weights are
+                 released block by block as they are packed
     calibration  token windows int64 [samples, length], or a text to take them from; None: the
                  Python manual. Unused by recipes that need none
     tokenizer    needed to calibrate a model object on a text
@@ -53,12 +58,15 @@ def quantize(
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
     format = QuantFormat.parse(format) if isinstance(format, str) else format
     if isinstance(model, str):
-        model, tokenizer = load_source(model)
+        model, tokenizer = open_source(model)
+    stored = model if isinstance(model, StoredModel) else None
+    if stored:
+        model = stored.model
     if getattr(model, "lowbit_config", None) is not None:
         raise InputError(f"model must not be quantized yet, got {model.lowbit_config.format}")
     adapter = adapter_for(model.config)
     model.eval().requires_grad_(False)
-    check_weights(model, adapter, format)
+    check_weights(model, stored, adapter, format)
     calibrates = recipe.rounder.needs_hessian and format.weight is not None
     windows = None
     if calibrates:
@@ -72,6 +80,8 @@ def quantize(
     dtype = model.dtype
     bar = tqdm(list(enumerate(blocks)), "quantize", unit="block", disable=not progress)
     for index, block in bar:
+        if stored:
+            stored.load(f"{adapter.block_path}.{index}")
         results = _quantize_block(block.float(), fitted, recipe, format, stream, bar, index)
         for name, (weight, report) in results.items():
             packed[f"{adapter.block_path}.{index}.{name}"] = weight
@@ -121,11 +131,13 @@ def _config(
     )
 
 
-def check_weights(model: nn.Module, adapter: Adapter, format: QuantFormat):
+def check_weights(
+    model: nn.Module, stored: StoredModel | None, adapter: Adapter, format: QuantFormat
+):
     """Every weight finite, every row length divisible as the weight format needs."""
-    for name, tensor in model.named_parameters():
-        if not tensor.isfinite().all():
-            bad = tensor.numel() - int(tensor.isfinite().sum())
+    for name, tensor in stored.read(list(stored.files)) if stored else model.named_parameters():
+        bad = sum(int((~rows.isfinite()).sum()) for rows in tensor.split(ROWS_AT_ONCE))
+        if bad:
             raise InputError(f"weights must be finite, got {bad} NaN or inf in {name}")
     if format.weight is None:
         return

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from helpers import assert_bitwise
-from models import tiny_llama, tiny_tokens
+from live_bytes import LiveBytes
+from models import tiny_llama, tiny_tokenizer, tiny_tokens
 
 import lowbit
 from lowbit.evaluate.fake_quant import to_fake
+from lowbit.models.source import load_source
 from lowbit.nn.attention import QuantAttention
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.mlp import QuantMLP
@@ -83,7 +85,7 @@ def test_gptq_lowers_the_output_error_of_every_linear():
 
 
 def test_a_hopeless_hessian_is_a_warning_and_in_the_report(capsys, monkeypatch):
-    monkeypatch.setattr(GPTQ, "_inverse_factor", lambda self, hessian: (None, None))
+    monkeypatch.setattr(GPTQ, "_inverse_factor", lambda self, *_: (None, None))
     report = quantized("gptq", "w4a16").lowbit_config.report["rounding"]
     assert report["1.mlp.down_proj"]["damp"] is None
     assert "warning: block 1, mlp.down_proj: no damping" in capsys.readouterr().err
@@ -106,6 +108,31 @@ def test_the_model_is_reduced_as_it_is_packed():
     assert codes == bf16 / 4
 
 
+def test_a_stored_model_is_quantized_like_one_in_memory(tmp_path):
+    tiny_llama(dtype=torch.bfloat16, tied=True).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    stored = lowbit.quantize(str(tmp_path), calibration=CALIBRATION, progress=False).state_dict()
+    model, _ = load_source(tmp_path)
+    whole = lowbit.quantize(model, calibration=CALIBRATION, progress=False).state_dict()
+    assert stored.keys() == whole.keys()
+    assert all(torch.equal(stored[name], whole[name]) for name in whole)
+
+
+def test_peak_memory(tmp_path):
+    """A stored model: at most its bf16 bytes, one block in fp32 and the calibration activations."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_layers": 16}
+    model = tiny_llama(dtype=torch.bfloat16, **sizes)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    whole = sum(p.nbytes for p in model.parameters())
+    block = sum(4 * p.numel() for p in model.model.layers[0].parameters())
+    windows = tiny_tokens(8, 32)
+    activations = 4 * windows.numel() * model.config.hidden_size
+    with LiveBytes() as live:
+        lowbit.quantize(str(tmp_path), "quarot", calibration=windows, progress=False)
+    assert live.peak <= whole + block + activations
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_packed_and_fake_give_the_same_bits(recipe):
     model = quantized(recipe, num_heads=3, num_kv_heads=1, hidden_size=48)
@@ -125,6 +152,14 @@ def test_sample_windows_are_random_slices():
     assert windows.shape == (50, 8) and (windows.diff(dim=1) == 1).all()
     assert windows[:, 0].unique().numel() > 20
     assert torch.equal(windows, sample_windows(tokens, Calibration(50, 8), seed=1))
+
+
+def test_a_bad_weight_on_disk_is_found_before_the_work(tmp_path):
+    break_weight(tiny_llama(), float("inf")).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    message = "got 1 NaN or inf in model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(lowbit.InputError, match=message):
+        lowbit.quantize(str(tmp_path), "rtn", progress=False)
 
 
 def break_weight(model, value):

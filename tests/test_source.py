@@ -3,10 +3,12 @@ import json
 import pytest
 import torch
 from models import tiny_llama, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 
 from lowbit.errors import InputError
 from lowbit.models import source
-from lowbit.models.source import PACKAGED, load_source
+from lowbit.models.source import PACKAGED, load_source, open_source
+from lowbit.models.stored import StoredModel
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +17,10 @@ def folder(tmp_path_factory):
     tiny_llama(dtype=torch.bfloat16).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
+
+
+# Both ways to open a model refuse alike.
+OPEN = pytest.mark.parametrize("load_source", [load_source, open_source])
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
@@ -28,6 +34,39 @@ def test_local_folder(folder, dtype):
     assert tokenizer.decode(tokenizer("abc").input_ids) == "abc"
 
 
+@pytest.mark.parametrize("shard", ["1GB", "40KB"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_blocks_are_read_when_asked_for(tmp_path, shard, tied, dtype):
+    original = tiny_llama(dtype=torch.bfloat16, tied=tied)
+    original.save_pretrained(tmp_path, max_shard_size=shard)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    stored, tokenizer = open_source(tmp_path, dtype)
+    on_disk = [name for name, p in stored.model.named_parameters() if p.is_meta]
+    assert on_disk == [n for n, _ in original.named_parameters() if n.startswith("model.layers.")]
+    for index in range(len(stored.model.model.layers)):
+        stored.load(f"model.layers.{index}")
+    whole, _ = load_source(tmp_path, dtype)
+    assert stored.model.dtype == whole.dtype and not stored.model.training
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(stored.model.state_dict()[name], tensor), name
+    assert (stored.model.lm_head.weight is stored.model.model.embed_tokens.weight) == tied
+    assert stored.model.generation_config.to_dict() == whole.generation_config.to_dict()
+    tokens = torch.arange(8)[None]
+    assert torch.equal(stored.model(tokens).logits, whole(tokens).logits)
+
+
+def test_tensors_under_other_names_are_read_whole(tmp_path, folder):
+    renamed = rewrite(folder, tmp_path / "renamed")
+    tensors = load_file(renamed / "model.safetensors")
+    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, renamed / "model.safetensors", metadata={"format": "pt"})
+    model, _ = open_source(renamed)
+    assert not isinstance(model, StoredModel)
+    for name, tensor in tiny_llama(dtype=torch.bfloat16).state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
 def rewrite(folder, target, **changes):
     """A copy of the folder with another config.json."""
     target.mkdir()
@@ -38,7 +77,8 @@ def rewrite(folder, target, **changes):
     return target
 
 
-def test_unknown_models(tmp_path, folder):
+@OPEN
+def test_unknown_models(load_source, tmp_path, folder):
     with pytest.raises(InputError, match="folder '.*missing' does not exist"):
         load_source(tmp_path / "missing")
     with pytest.raises(InputError, match="does not exist"):
@@ -55,7 +95,8 @@ def test_unknown_models(tmp_path, folder):
         load_source("nobody/nothing")
 
 
-def test_broken_folders(tmp_path, folder):
+@OPEN
+def test_broken_folders(load_source, tmp_path, folder):
     with pytest.raises(InputError, match="cannot be loaded"):
         load_source(rewrite(folder, tmp_path / "a", num_attention_heads=7))
     broken = rewrite(folder, tmp_path / "b")
@@ -64,7 +105,8 @@ def test_broken_folders(tmp_path, folder):
         load_source(broken)
 
 
-def test_quantized_models_are_refused(tmp_path, folder):
+@OPEN
+def test_quantized_models_are_refused(load_source, tmp_path, folder):
     lowbit = rewrite(folder, tmp_path / "a", quantization_config={"quant_method": "lowbit"})
     with pytest.raises(InputError, match="quantized by 'lowbit': read it with lowbit.load"):
         load_source(lowbit)
@@ -73,7 +115,8 @@ def test_quantized_models_are_refused(tmp_path, folder):
         load_source(other)
 
 
-def test_pickles_are_not_loaded(tmp_path, folder):
+@OPEN
+def test_pickles_are_not_loaded(load_source, tmp_path, folder):
     pickled = rewrite(folder, tmp_path / "pickled")
     (pickled / "model.safetensors").unlink()
     torch.save(tiny_llama().state_dict(), pickled / "pytorch_model.bin")
@@ -81,7 +124,8 @@ def test_pickles_are_not_loaded(tmp_path, folder):
         load_source(pickled)
 
 
-def test_remote_code_needs_the_flag(tmp_path, folder):
+@OPEN
+def test_remote_code_needs_the_flag(load_source, tmp_path, folder):
     remote = rewrite(
         folder,
         tmp_path / "remote",

@@ -12,14 +12,23 @@ import difflib
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lowbit.errors import InputError
 from lowbit.files import CONFIG_FILE, written_beside
+from lowbit.models.stored import StoredModel, open_stored
 
 # What transformers raises for a folder or a configuration it cannot make a model of.
 LOAD_ERRORS = (
@@ -39,26 +48,59 @@ PACKAGED_EPS = 1e-5  # the GGUF file rounds it to 9.9999997e-06
 
 def load_source(
     name_or_path: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
-):
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) in `dtype`, by default that of the checkpoint; in eval mode, frozen."""
-    name = str(name_or_path)
+
+    def whole(path: str, config: PreTrainedConfig) -> PreTrainedModel:
+        return _read_whole(path, config, dtype, trust_remote_code)
+
+    return _load(str(name_or_path), trust_remote_code, whole)
+
+
+def open_source(
+    name_or_path: str | Path,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    device: torch.device | str = "cpu",
+) -> tuple[StoredModel | PreTrainedModel, PreTrainedTokenizerBase]:
+    """As load_source, on `device`, the blocks left on disk for `quantize` to read one at a time.
+
+    A checkpoint whose tensors do not lie there under the names of the modules is read whole.
+    """
+
+    def blocks_stored(path: str, config: PreTrainedConfig) -> StoredModel | PreTrainedModel:
+        stored = open_stored(path, config, dtype or config.dtype, device)
+        return stored or _read_whole(path, config, dtype, trust_remote_code).to(device)
+
+    return _load(str(name_or_path), trust_remote_code, blocks_stored)
+
+
+def _read_whole(
+    path: str, config: PreTrainedConfig, dtype: torch.dtype | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype="auto" if dtype is None else dtype,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def _load(name: str, trust_remote_code: bool, read: Callable):
+    """(read(path, config), tokenizer), what goes wrong as an InputError."""
     path = str(packaged_model()) if name.lower() == PACKAGED else resolve(name)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         _refuse_quantized(name, config)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
+        model = read(path, config)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except InputError:
         raise
     except LOAD_ERRORS as error:
         raise InputError(_cannot_load(name, error)) from error
-    return model.eval().requires_grad_(False), tokenizer
+    return model, tokenizer
 
 
 def resolve(name: str) -> str:

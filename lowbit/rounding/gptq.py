@@ -41,15 +41,14 @@ class GPTQ:
         RTN for these weights. The report says which damp was used, None for RTN.
         """
         dead = hessian.diagonal() == 0  # inputs never seen: their weights do not matter
-        hessian = hessian.clone()
-        hessian.diagonal()[dead] = 1.0
+        diagonal = hessian.diagonal().masked_fill(dead, 1.0)
         weight = weight.masked_fill(dead, 0.0)
         scale, zero_point = weight_grid(weight, format, self.clip_search)
 
         order = torch.arange(weight.shape[1], device=weight.device)
         if self.act_order:
-            order = hessian.diagonal().argsort(descending=True, stable=True)
-        upper, damp = self._inverse_factor(hessian[order][:, order])
+            order = diagonal.argsort(descending=True, stable=True)
+        upper, damp = self._inverse_factor(hessian[order][:, order], diagonal[order])
         if upper is None:
             packed, _ = RTN(self.clip_search).round(weight, format)
             return packed, {"damp": None}
@@ -61,15 +60,18 @@ class GPTQ:
         codes[:, order] = _sweep(weight[:, order], upper, column_scale, column_zero, format)
         return packed_weight(codes, scale, zero_point, format), {"damp": damp}
 
-    def _inverse_factor(self, hessian: Tensor) -> tuple[Tensor | None, float | None]:
-        """Upper Cholesky factor of the damped inverse, fp32, and the damp it took."""
-        mean = hessian.diagonal().mean()
+    def _inverse_factor(
+        self, hessian: Tensor, diagonal: Tensor
+    ) -> tuple[Tensor | None, float | None]:
+        """Upper Cholesky factor of the damped inverse, fp32, and the damp it took.
+
+        `diagonal` replaces that of `hessian`, which is overwritten.
+        """
         damp = self.damp
         while damp <= LARGEST_DAMP:
-            damped = hessian.clone()
-            damped.diagonal().add_(damp * mean)
+            hessian.diagonal().copy_(diagonal + damp * diagonal.mean())
             for dtype in (torch.float32, torch.float64):
-                upper = _inverse_cholesky(damped.to(dtype))
+                upper = _inverse_cholesky(hessian.to(dtype))
                 if upper is not None:
                     return upper.float(), damp
             damp *= 10
@@ -81,7 +83,9 @@ def _inverse_cholesky(hessian: Tensor) -> Tensor | None:
     lower, failed = torch.linalg.cholesky_ex(hessian)
     if failed:
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    inverse = torch.cholesky_inverse(lower)
+    del lower  # three matrices of this size at a time, the given one included
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
     return None if failed or not upper.isfinite().all() else upper
 
 
