@@ -340,6 +340,31 @@ def test_triton_every_shape(shape, bits, symmetric):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize(("M", "K"), [(1, 1030), (3, 2500), (64, 1024), (65, 1024)])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(("x_bits", "w_bits"), [(4, 4), (8, 4), (8, 8)])
+def test_triton_split_k(x_bits, w_bits, symmetric, M, K):
+    """Long rows of few tiles: up to 64 of them in several parts, whose sums a kernel adds."""
+    x, w = exact_x((M, K), x_bits, symmetric), exact_w(40, K, w_bits)
+    x, w = to_layout(random_scales(x), Layout.ROW_MAJOR), random_scales(w)
+    assert_triton_is_bitwise(x, w, torch.randn(40), torch.float16)
+
+
+@pytest.mark.interpret
+def test_triton_splits_only_what_leaves_a_gpu_idle(monkeypatch):
+    from lowbit.kernels import int_gemm as triton_int_gemm
+
+    monkeypatch.setattr(triton_int_gemm, "processors_of", lambda device: 132)
+    columns = triton_int_gemm.columns_of_a_part
+    device = torch.device("cpu")
+    assert columns(4096, 1000, 256, device) == 4096  # tiles enough
+    assert columns(4096, 128, 256, device) == 1024  # 528 programs wanted
+    assert columns(28672, 2, 256, device) == 512  # no shorter
+    assert columns(576, 18, 256, device) == 512
+    assert columns(300, 1, 256, device) == 300
+
+
+@pytest.mark.interpret
 @pytest.mark.parametrize("out_dtype", module.OUT_DTYPES, ids=str)
 @pytest.mark.parametrize("bias_dtype", [None, *module.OUT_DTYPES, torch.float64], ids=str)
 def test_triton_bias_and_output(bias_dtype, out_dtype):

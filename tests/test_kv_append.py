@@ -297,11 +297,10 @@ def test_head_dim_without_a_hadamard_matrix():
         kv_append(*y, SLOT, poisoned(D=18), rotate=True)
 
 
-@pytest.mark.parametrize(("backend", "kernel"), [("cuda", "CUDA"), ("triton", "Triton")])
-def test_backend_without_a_kernel_says_so(backend, kernel):
+def test_backend_without_a_kernel_says_so():
     pages = poisoned()
-    with pytest.raises(RuntimeError, match=f"{backend}: no {kernel} kernel for kv_append yet"):
-        kv_append(*inputs(), SLOT, pages, backend=backend)
+    with pytest.raises(RuntimeError, match="cuda: no CUDA kernel for kv_append yet"):
+        kv_append(*inputs(), SLOT, pages, backend="cuda")
     assert_bitwise(pages.tensors, poisoned().tensors)
 
 

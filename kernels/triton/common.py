@@ -20,12 +20,20 @@ MIN_SCALE = tl.constexpr(formats.MIN_SCALE)
 ROUNDER = tl.constexpr(1.5 * 2**23)
 ROUNDED_LIMIT = tl.constexpr(2.0**21)
 FP32_MAX = tl.constexpr((2 - 2**-23) * 2.0**127)
+INTERPRETED_PROCESSORS = 4
 FP16_MAX = tl.constexpr(65504.0)
 
 
 def device_of(x: torch.Tensor):
     """Launches go to the current device: makes it x's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors to fill; of a small number of them, the interpreter runs every split."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return INTERPRETED_PROCESSORS
 
 
 def warps_for(elements: int) -> int:
@@ -38,6 +46,20 @@ def round_half_even(x):
     """The integer nearest to fp32 x, in fp32; what lies beyond +-2^21 becomes +-2^21."""
     x = tl.minimum(tl.maximum(x, -ROUNDED_LIMIT), ROUNDED_LIMIT)
     return (x + ROUNDER) - ROUNDER
+
+
+@triton.jit
+def butterflies(y, LOG: tl.constexpr, STRIDE: tl.constexpr):
+    """y, its numbers in order viewed as [..., 2^LOG, STRIDE]: H y over the 2^LOG, not yet divided.
+
+    H is Sylvester's. Step k pairs p with p ^ 2^k, viewing y as [..., 2, 2^k * STRIDE].
+    """
+    SHAPE: tl.constexpr = y.shape
+    for k in tl.static_range(LOG):
+        y = tl.reshape(y, [y.numel // (2 * STRIDE << k), 2, STRIDE << k])
+        low, high = tl.split(tl.permute(y, [0, 2, 1]))
+        y = tl.permute(tl.join(low + high, low - high), [0, 2, 1])
+    return tl.reshape(y, SHAPE)
 
 
 @triton.jit

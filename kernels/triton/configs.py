@@ -122,12 +122,16 @@ INT_GEMM_TILES = (
 )
 # Groups need two accumulators: 128 x 128 spills on sm_89.
 INT_GEMM_GROUPED_TILES = (*INT_GEMM_TILES[:-1], Tile(ANY, ANY, 128, 64, 128, 8, 3))
+# Up to SPLIT_K_MAX_M rows K is split, in parts of SPLIT_K_MIN_COLUMNS at least, until there are
+# SPLIT_K_PROGRAMS programs a multiprocessor; a second kernel adds the parts of a row.
+SPLIT_K_MAX_M, SPLIT_K_MIN_COLUMNS, SPLIT_K_PROGRAMS = 64, 512, 4
+ADD_PARTS_BLOCK_N = 512
 # Integer matrix units: wgmma on sm_90 for 64 rows and more, mma.sync elsewhere.
 INT8_MMA = r"mma\.sync\.aligned\.m16n8k32\.\S*s32\.s8\.s8|wgmma\S*k32\.s32\.s8\.s8"
 INT_GEMM = tuple(
     Config(
         "int_gemm:int_gemm_kernel",
-        f"{name}-{t.BLOCK_M}x{t.BLOCK_N}",
+        f"{name}-{t.BLOCK_M}x{t.BLOCK_N}{'-split' if split else ''}",
         {
             "x": "*i8",
             "x_scale": "*fp32",
@@ -136,12 +140,15 @@ INT_GEMM = tuple(
             "w_scale": "*fp16" if group else "*fp32",
             **({} if symmetric else {"bias": "*fp16"}),
             "y": f"*{out}",
+            **({"parts": "*i32"} if split else {}),
             "M": "i32",
             "N": "i32",
             "K": "i32",
+            "columns": "i32",
         },
         {
             **({"x_zero_point": None, "bias": None} if symmetric else {}),
+            **({} if split else {"parts": None}),
             "X_BITS": x_bits,
             "X_NIBBLES": x_nibbles,
             "W_NIBBLES": w_nibbles,
@@ -152,10 +159,10 @@ INT_GEMM = tuple(
         },
         t.num_warps,
         t.num_stages,
-        aligned=("N", "K"),
+        aligned=("N", "K", "columns"),
         fp_fusion=False,
         # bf16 is rounded to nearest even, which the interpreter does not show
-        expects=(INT8_MMA, *((r"cvt\.rn\.bf16",) if out == "bf16" else ())),
+        expects=(INT8_MMA, *((r"cvt\.rn\.bf16",) if out == "bf16" and not split else ())),
         forbids=(r"fma\.rn\.f32",),
     )
     for name, out, x_bits, symmetric, x_nibbles, w_nibbles, group in (
@@ -167,6 +174,26 @@ INT_GEMM = tuple(
         ("w4a8-g128", "fp16", 8, True, False, True, 128),
     )
     for t in unique(INT_GEMM_GROUPED_TILES if group else INT_GEMM_TILES)
+    for split in ((False, True) if not group and t.max_M <= SPLIT_K_MAX_M else (False,))
+) + tuple(
+    Config(
+        "int_gemm:add_parts_kernel",
+        f"add-parts-{out}",
+        {
+            "parts": "*i32",
+            "x_scale": "*fp32",
+            "w_scale": "*fp32",
+            **({"bias": "*bf16"} if bias else {}),
+            "y": f"*{out}",
+            **dict.fromkeys(("M", "N", "number"), "i32"),
+        },
+        {**({} if bias else {"bias": None}), "SHIFT": shift, "BLOCK_N": ADD_PARTS_BLOCK_N},
+        aligned=("N",),
+        fp_fusion=False,
+        expects=(r"cvt\.rn\.bf16",) if out == "bf16" else (),
+        forbids=(r"fma\.rn\.f32",),
+    )
+    for out, shift, bias in (("fp16", 8, False), ("bf16", 4, True), ("fp32", 0, False))
 )
 
 # M = 1: a GEMV. Groups need two accumulators: with 128 x 128 they spill. fp32 x has no matrix
@@ -370,6 +397,66 @@ PACK, UNPACK = (
     for kernel, constants in (("pack", {}), ("unpack", {"SIGNED": True}))
 )
 
+# D, BASE, BASE_PAD, POW2, LOG_POW2, BLOCK_R and warps
+_HEADS = {
+    "plain-80": (80, 1, 128, 1, 0, 16, 4),
+    "hadamard-64": (64, 1, 1, 64, 6, 32, 4),
+    "hadamard-80": (80, 20, 32, 4, 2, 8, 2),
+    "hadamard-96": (96, 12, 16, 8, 3, 4, 1),
+    "hadamard-128": (128, 1, 1, 128, 7, 16, 4),
+    "hadamard-256": (256, 1, 1, 256, 8, 8, 4),
+    "matrix-128": (128, 128, 128, 1, 0, 32, 8),
+    "matrix-256": (256, 256, 256, 1, 0, 16, 8),
+}
+_HEAD_CONSTANTS = ("D", "BASE", "BASE_PAD", "POW2", "LOG_POW2", "BLOCK_R")
+_STRIDES = tuple(f"{x}_{of}_stride" for x in ("q", "k", "v") for of in ("token", "head"))
+KV_APPEND = tuple(
+    Config(
+        "kv_append:_kv_append_kernel",
+        f"{x}-{head}-{bits}",
+        {
+            **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_out_ptr"), f"*{x}"),
+            **dict.fromkeys(("cos_ptr", "sin_ptr"), f"*{angle}"),
+            "slot_ptr": "*i64",
+            **{f"{t}_codes_ptr": "*u8" for t in ("k", "v")},
+            **{f"{t}_scale_ptr": "*fp16" for t in ("k", "v")},
+            **{f"{t}_zero_ptr": "*u8" for t in ("k", "v")},
+            "matrix_ptr": "*fp32",
+            **dict.fromkeys(("T", "num_q_heads", "num_kv_heads", "slots"), "i32"),
+            **dict.fromkeys((*_STRIDES, "cos_stride", "sin_stride", "matrix_stride"), "i32"),
+            "factor": "fp32",
+            "clip": "fp32",
+        },
+        {
+            **dict(zip(_HEAD_CONSTANTS, _HEADS[head], strict=False)),
+            "R": R,
+            "BITS": bits,
+            "STORAGE_BITS": 8 if bits > 4 else bits,
+        },
+        _HEADS[head][-1],
+        aligned=(*_STRIDES, "cos_stride", "sin_stride", "matrix_stride"),
+        fp_fusion=False,
+        # bf16 is rounded to nearest even, which the interpreter does not show
+        expects=(
+            r"div\.rn\.f32",
+            r"ld\.global\S*\.v4",
+            *((r"cvt\.rn\.bf16",) if x == "bf16" else ()),
+        ),
+        # a product with a matrix is FMAs, neither in TF32 nor in lower precision
+        forbids=(*_IEEE["forbids"], "mma") if _HEADS[head][1] == 1 else (_NO_FAST_DIVISION, "mma"),
+    )
+    for x, angle, head, R, bits in (
+        ("bf16", "fp32", "plain-80", 32, 2),
+        ("bf16", "bf16", "hadamard-64", 64, 4),
+        ("fp16", "fp16", "hadamard-80", 32, 4),
+        ("bf16", "bf16", "hadamard-96", 96, 6),
+        ("bf16", "bf16", "hadamard-128", 128, 4),
+        ("fp32", "fp32", "hadamard-256", 64, 4),
+        ("bf16", "bf16", "matrix-128", 128, 4),
+        ("fp16", "fp16", "matrix-256", 256, 2),
+    )
+)
+
 CONFIGS: dict[str, tuple[Config, ...]] = {  # by op
     "pack": PACK,
     "unpack": UNPACK,
@@ -381,4 +468,5 @@ CONFIGS: dict[str, tuple[Config, ...]] = {  # by op
     "silu_mul_hadamard_quant": SILU_MUL_HADAMARD_QUANT,
     "int_gemm": INT_GEMM,
     "weight_only_gemm": WEIGHT_ONLY_GEMM,
+    "kv_append": KV_APPEND,
 }

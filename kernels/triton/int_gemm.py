@@ -22,8 +22,10 @@ Unsigned codes that do not fit int8 are moved to it by flipping their top bit, w
 CENTER = 2^(b-1); sum (code - zero) w = sum (code - CENTER) w + (CENTER - zero) sum w, modulo
 2^32. mma.sync saturates, so no partial sum may overflow: 2^7 * 2^7 * LONGEST_TRITON_GROUP < 2^31.
 
-Large M is bound by the matrix units, small M by reading w once per BLOCK_M rows. There is no
-split-K: with N / BLOCK_N programs, one row of a small matrix does not fill a large GPU.
+Large M is bound by the matrix units, small M by reading w once per BLOCK_M rows. Where M and N
+make too few programs to fill the GPU, K is split: each program stores the int32 sums of its columns
+(M is small there) and a second kernel adds them. Integers, so the number of parts changes no bit of
+y, and it may follow the GPU's size. Sums over groups are fp32 in the contract's order: not split.
 """
 
 import torch
@@ -32,8 +34,15 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.formats import IntFormat
-from lowbit.kernels.common import device_of
-from lowbit.kernels.configs import INT_GEMM_GROUPED_TILES, INT_GEMM_TILES
+from lowbit.kernels.common import device_of, processors_of
+from lowbit.kernels.configs import (
+    ADD_PARTS_BLOCK_N,
+    INT_GEMM_GROUPED_TILES,
+    INT_GEMM_TILES,
+    SPLIT_K_MAX_M,
+    SPLIT_K_MIN_COLUMNS,
+    SPLIT_K_PROGRAMS,
+)
 from lowbit.ops.dispatch import interpreted
 
 INTERPRETED = tl.constexpr(interpreted())  # no inline assembly; the same arithmetic in tl instead
@@ -113,6 +122,17 @@ def add_columns(
 
 
 @triton.jit
+def store_scaled(out, x_scale, bias, y, m, n, M, N):
+    """y at rows m and columns n: out [BLOCK_M, BLOCK_N] fp32 times x_scale, plus bias."""
+    m_valid, n_valid = m < M, n < N
+    out *= tl.load(x_scale + m, mask=m_valid, other=0.0)[:, None]
+    if bias is not None:
+        out += tl.load(bias + n, mask=n_valid, other=0.0).to(tl.float32)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=m_valid[:, None] & n_valid[None, :])
+
+
+@triton.jit
 def int_gemm_kernel(
     x,  # [M, K] or [M, K / 2] bytes
     x_scale,  # [M]
@@ -121,9 +141,11 @@ def int_gemm_kernel(
     w_scale,  # [N, G]
     bias,  # [N] or None
     y,  # [M, N]
+    parts,  # [number of parts, M, N] int32, or None: K is not split
     M,
     N,
     K,
+    columns,  # of K in a part, a multiple of BLOCK_K; K when it is not split
     X_BITS: tl.constexpr,
     X_NIBBLES: tl.constexpr,  # two codes a byte
     W_NIBBLES: tl.constexpr,
@@ -150,15 +172,21 @@ def int_gemm_kernel(
     if GROUP == 0:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
         w_sum = tl.zeros([BLOCK_N], tl.int32)
-        for start in range(0, K, BLOCK_K):
+        part = tl.program_id(2)
+        for start in range(part * columns, tl.minimum((part + 1) * columns, K), BLOCK_K):
             acc, w_sum = add_columns(
                 acc, w_sum, x_rows, w_rows, m_valid, n_valid, start, K,
                 X_BITS, X_NIBBLES, W_NIBBLES, HAS_ZERO_POINT, BLOCK_K,
             )  # fmt: skip
         if HAS_ZERO_POINT:
             acc += shift[:, None] * w_sum[None, :]
-        scale = tl.load(w_scale + n, mask=n_valid, other=0.0).to(tl.float32)
-        out = (acc >> SHIFT).to(tl.float32) * scale[None, :]
+        if parts is not None:
+            at = (part * M + m)[:, None] * N + n[None, :]  # M is small: fits int32
+            tl.store(parts + at, acc, mask=m_valid[:, None] & n_valid[None, :])
+        else:
+            scale = tl.load(w_scale + n, mask=n_valid, other=0.0).to(tl.float32)
+            out = (acc >> SHIFT).to(tl.float32) * scale[None, :]
+            store_scaled(out, x_scale, bias, y, m, n, M, N)
     else:
         out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         G = K // GROUP
@@ -174,12 +202,39 @@ def int_gemm_kernel(
                 acc += shift[:, None] * w_sum[None, :]
             scale = tl.load(w_scale + n.to(tl.int64) * G + g, mask=n_valid, other=0.0)
             out += (acc >> SHIFT).to(tl.float32) * scale.to(tl.float32)[None, :]
+        store_scaled(out, x_scale, bias, y, m, n, M, N)
 
-    out *= tl.load(x_scale + m, mask=m_valid, other=0.0)[:, None]
-    if bias is not None:
-        out += tl.load(bias + n, mask=n_valid, other=0.0).to(tl.float32)[None, :]
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=m_valid[:, None] & n_valid[None, :])
+
+@triton.jit
+def add_parts_kernel(
+    parts,  # [number of parts, M, N] int32
+    x_scale,  # [M]
+    w_scale,  # [N]
+    bias,  # [N] or None
+    y,  # [M, N]
+    M,
+    N,
+    number,
+    SHIFT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One row and BLOCK_N columns of y."""
+    m = tl.program_id(0) + tl.arange(0, 1)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([1, BLOCK_N], tl.int32)
+    for part in range(0, number):
+        at = (part * M + m)[:, None] * N + n[None, :]
+        acc += tl.load(parts + at, mask=(n < N)[None, :], other=0)
+    scale = tl.load(w_scale + n, mask=n < N, other=0.0).to(tl.float32)
+    out = (acc >> SHIFT).to(tl.float32) * scale[None, :]
+    store_scaled(out, x_scale, bias, y, m, n, M, N)
+
+
+def columns_of_a_part(K: int, tiles: int, block_k: int, device: torch.device) -> int:
+    """How many columns of K a program takes, where y has so many tiles."""
+    parts = SPLIT_K_PROGRAMS * processors_of(device) // tiles
+    columns = max(triton.cdiv(K, max(parts, 1)), SPLIT_K_MIN_COLUMNS)
+    return min(triton.cdiv(columns, block_k) * block_k, K)
 
 
 def int_gemm(
@@ -204,28 +259,52 @@ def int_gemm(
     group = 0 if G == 1 else K // G
     tiles = INT_GEMM_GROUPED_TILES if group else INT_GEMM_TILES
     tile = next(t for t in tiles if M <= t.max_M and N <= t.max_N)
-    grid = (triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N))
+    block_k = min(tile.BLOCK_K, group or tile.BLOCK_K)
+    row_tiles, column_tiles = triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)
+    columns = K
+    if not group and M <= SPLIT_K_MAX_M:
+        columns = columns_of_a_part(K, row_tiles * column_tiles, block_k, y.device)
+    number = triton.cdiv(K, columns)
+    parts = None if number == 1 else y.new_empty((number, M, N), dtype=torch.int32)
+    x_scale, w_scale = x_scale.contiguous(), w_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
     with device_of(y):
-        int_gemm_kernel[grid](
+        int_gemm_kernel[row_tiles, column_tiles, number](
             x_codes.contiguous().view(torch.int8),
-            x_scale.contiguous(),
+            x_scale,
             None if x_zero_point is None else x_zero_point.contiguous(),
             w_codes.contiguous().view(torch.int8),
-            w_scale.contiguous(),
-            None if bias is None else bias.contiguous(),
+            w_scale,
+            bias,
             y,
+            parts,
             M,
             N,
             K,
+            columns,
             X_BITS=x_bits,
             X_NIBBLES=x_nibbles,
             W_NIBBLES=w_nibbles,
             GROUP=group,
             BLOCK_M=tile.BLOCK_M,
             BLOCK_N=tile.BLOCK_N,
-            BLOCK_K=min(tile.BLOCK_K, group or tile.BLOCK_K),
+            BLOCK_K=block_k,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             enable_fp_fusion=False,
         )
+        if parts is not None:
+            add_parts_kernel[M, triton.cdiv(N, ADD_PARTS_BLOCK_N)](
+                parts,
+                x_scale,
+                w_scale,
+                bias,
+                y,
+                M,
+                N,
+                number,
+                SHIFT=4 * (x_nibbles + w_nibbles),
+                BLOCK_N=ADD_PARTS_BLOCK_N,
+                enable_fp_fusion=False,
+            )
     return y

@@ -32,10 +32,16 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import IntFormat
-from lowbit.ops.dispatch import Backend, Op
+from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.hadamard import HADAMARD, check_rotation
 from lowbit.ops.pack import check_row
-from lowbit.ops.quantize import QUANTIZE, check_float, check_grid, compute_dtype
+from lowbit.ops.quantize import (
+    QUANTIZE,
+    check_float,
+    check_grid,
+    compute_dtype,
+    why_not_quantized_by_triton,
+)
 
 CACHE = ("k_codes", "k_scale", "k_zero_point", "v_codes", "v_scale", "v_zero_point")
 
@@ -168,15 +174,30 @@ def _fake(q: Tensor, *_rest) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _why_not_triton(*_args) -> str:
-    return "no Triton kernel for kv_append yet"
+TRITON_MAX_HEAD_DIM = 256
+
+
+def _why_not_triton(*args) -> str | None:
+    if not args:
+        return why_not_triton()
+    *inputs, matrix, _, bits, _ = args
+    q, cache = inputs[0], inputs[6:]
+    if q.shape[-1] > TRITON_MAX_HEAD_DIM:
+        return f"head_dim must be at most {TRITON_MAX_HEAD_DIM}, it is {q.shape[-1]}"
+    strided = [name for name, t in zip(CACHE, cache, strict=True) if not t.is_contiguous()]
+    if strided:
+        return f"it writes contiguous pages only, not those of {', '.join(strided)}"
+    return why_not_quantized_by_triton(q, bits, True) or why_not_triton(*inputs, matrix)
 
 
 def _why_not_cuda(*_args) -> str:
     return "no CUDA kernel for kv_append yet"
 
 
-_BACKENDS = {"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)}
+_BACKENDS = {
+    "cuda": Backend(_why_not_cuda),
+    "triton": Backend(_why_not_triton, "lowbit.kernels.kv_append:kv_append"),
+}
 KV_APPEND = Op("kv_append", _check, _reference, _fake, _BACKENDS, mutates_args=CACHE)
 
 
