@@ -49,13 +49,14 @@ def hadamard_matrix(n: int) -> torch.Tensor:
 def factorize(n: int) -> tuple[int, ...]:
     """The factors of the fast transform, slowest index first: base orders, then the power of two.
 
-    A base order b is a Paley order that is no power of two, applied as a dense b x b matrix: b
-    additions per element. The power-of-two part is one Sylvester matrix, applied by butterflies:
-    log2 additions per element. The split has the least sum of the two; ties go to fewer factors,
-    then to the larger power of two, then to the smaller first base (no order up to 200,000 has
-    one). Base orders ascend; a power of two of 1 is left out, except that factorize(1) is (1,).
+    A base order is a Paley order that is no power of two. Kernels apply all of them as one dense
+    matrix, as many multiplications per element as the product of the base orders, and the
+    power-of-two part, one Sylvester matrix, by butterflies: log2 additions. So the split has the
+    least product of base orders, the largest power of two; ties go to the least sum, then to the
+    smaller first base. Base orders ascend; a power of two of 1 is left out, except that
+    factorize(1) is (1,).
 
-        factorize(576) = (12, 12, 4)    factorize(11008) = (344, 32)    factorize(4096) = (4096,)
+        factorize(576) = (36, 16)    factorize(11008) = (344, 32)    factorize(4096) = (4096,)
     """
     _check_order(n)
     split = _cheapest_split(n)
@@ -114,9 +115,9 @@ def _cheapest_split(n: int) -> tuple[tuple[int, ...], int] | None:
 
 
 def _cost(split: tuple[tuple[int, ...], int]) -> tuple:
-    """Additions per element; then the tie breaks, in the order that `factorize` states."""
-    bases, log2 = split
-    return sum(bases) + log2, len(bases) + (log2 > 0), -log2, bases
+    """What `factorize` minimizes, in its order."""
+    bases, _ = split
+    return math.prod(bases), sum(bases), bases
 
 
 @cache

@@ -230,7 +230,7 @@ def test_triton_edges():
     "x,order,matrix,reason",
     [
         (X.double(), None, None, "x is fp64"),
-        (torch.zeros(1, 13824), None, None, "larger than 1024, it is 1728"),
+        (torch.zeros(1, 4160), None, None, "larger than 1024, it is 1040"),
         (torch.zeros(1, 65536), None, None, "32768 elements at once, here 65536"),
         (X, 1, torch.eye(1), "its matrix must be at least 2 x 2"),
     ],

@@ -262,9 +262,10 @@ WEIGHT_ONLY_GEMM = tuple(
 _ORDERS = {
     64: (1, 1, 64, 6, 8),
     4096: (1, 1, 4096, 12, 8),
-    576: (144, 256, 4, 2, 8),
+    576: (36, 64, 16, 4, 8),
     1536: (12, 16, 128, 7, 8),
     11008: (344, 512, 32, 5, 32),
+    13824: (108, 128, 128, 7, 32),
     14336: (28, 32, 512, 9, 32),
     32768: (1, 1, 32768, 15, 32),
 }
@@ -309,13 +310,18 @@ HADAMARD_QUANT = tuple(
         "hadamard_quant:_hadamard_quant_kernel",
         f"{x}-{order}x{block_i}-{bits}",
         {
-            "x_ptr": f"*{x}",
+            **dict.fromkeys(("x_ptr", "up_ptr"), f"*{x}"),
             "matrix_ptr": "*fp32",
             "factor": "fp32",
             **_quantized(symmetric, packed),
             **({} if block_i == 1 else {"inner": "i32"}),
         },
-        {"A": 1, **_rotation(order, 1, block_i), **_grid(bits, symmetric, packed)},
+        {
+            "A": 1,
+            "ACTIVATION": "",
+            **_rotation(order, 1, block_i),
+            **_grid(bits, symmetric, packed),
+        },
         16 if block_i > 1 else _ORDERS[order][-1],
         **_ROTATED,
     )
@@ -325,17 +331,17 @@ HADAMARD_QUANT = tuple(
         ("bf16", 1536, 8, True, False, 1),
         ("fp16", 576, 4, False, True, 1),
         ("bf16", 11008, 4, True, True, 1),
+        ("bf16", 13824, 4, True, True, 1),
         ("bf16", 14336, 4, True, True, 1),
         ("fp16", 32768, 8, False, False, 1),
     )
 )
 SILU_MUL_HADAMARD_QUANT = tuple(
     Config(
-        "silu_mul_hadamard_quant:_silu_mul_hadamard_quant_kernel",
+        "hadamard_quant:_hadamard_quant_kernel",
         f"{x}-{order}-{activation}-{bits}",
         {
-            "gate_ptr": f"*{x}",
-            "up_ptr": f"*{x}",
+            **dict.fromkeys(("x_ptr", "up_ptr"), f"*{x}"),
             "matrix_ptr": "*fp32",
             "factor": "fp32",
             **_quantized(symmetric, packed),

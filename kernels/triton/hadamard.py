@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.hadamard import factorize, hadamard_matrix
-from lowbit.kernels.common import device_of, warps_for
+from lowbit.kernels.common import butterflies, device_of, warps_for
 from lowbit.ops.hadamard import split_order
 
 BLOCK = 4096  # numbers a program holds, unless one block alone is longer
@@ -94,11 +94,7 @@ def rotate(
             row = tl.broadcast_to(row[None, :, None], y.shape)
             y = tl.fma(row, tl.broadcast_to(x[:, None, :], y.shape), y)
 
-    # step 2
-    for k in tl.static_range(LOG_POW2):
-        y = tl.reshape(y, [BLOCK_R * BASE_PAD * (POW2 >> (k + 1)), 2, (1 << k) * BLOCK_I])
-        low, high = tl.split(tl.permute(y, [0, 2, 1]))
-        y = tl.permute(tl.join(low + high, low - high), [0, 2, 1])
+    y = butterflies(y, LOG_POW2, BLOCK_I)  # step 2
     return tl.reshape(y, [BLOCK_R, BASE_PAD, PI]), at, valid
 
 

@@ -1,8 +1,9 @@
-"""Triton hadamard_quant. The contract is in lowbit/ops/hadamard_quant.py.
+"""Triton hadamard_quant, and of act(gate) * up. The contract is in lowbit/ops/hadamard_quant.py.
 
 One program per row: rotate (hadamard.py) leaves the row in registers as [block, b, p, i], blocks
 slowest; its range gives the grid, and the codes go out, packed while they still lie in this order.
-Bound by memory, 2 bytes in and 1/2 or 1 out an element, unless the order has a large dense factor.
+Bound by memory, 2 bytes in (4 with up) and 1/2 or 1 out an element, unless the order has a large
+dense factor.
 """
 
 import torch
@@ -19,11 +20,12 @@ from lowbit.ops.quantize import QUANTIZE
 @triton.jit
 def _hadamard_quant_kernel(
     x_ptr,  # [M, A, BASE, POW2, inner]
+    up_ptr,  # like x; not read when ACTIVATION is ""
     matrix_ptr,
     codes_ptr,
     scale_ptr,
     zero_ptr,
-    factor,  # 1 / sqrt(order); 1 with a matrix
+    factor,  # 1 / sqrt(order); 1 with a matrix or without a rotation
     clip,
     A,
     inner,
@@ -33,6 +35,7 @@ def _hadamard_quant_kernel(
     LOG_POW2: tl.constexpr,
     BLOCK_R: tl.constexpr,  # a power of two, at least A
     BLOCK_I: tl.constexpr,  # a power of two, at least inner
+    ACTIVATION: tl.constexpr,
     BITS: tl.constexpr,
     STORAGE_BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -42,7 +45,7 @@ def _hadamard_quant_kernel(
     a = tl.arange(0, BLOCK_R)
     y, _, _ = rotate(
         x_ptr,
-        x_ptr,
+        up_ptr,
         matrix_ptr,
         row * A + a,
         a < A,
@@ -53,7 +56,7 @@ def _hadamard_quant_kernel(
         POW2,
         LOG_POW2,
         BLOCK_I,
-        "",
+        ACTIVATION,
     )
     quantize_row(
         y * factor,
@@ -84,7 +87,23 @@ def hadamard_quant(
     clip: float,
     packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.contiguous()
+    return rotate_quantize(x, x, "", order, inner, matrix, bits, symmetric, clip, packed)
+
+
+def rotate_quantize(
+    x: Tensor,
+    up: Tensor,
+    activation: str,
+    order: int,
+    inner: int,
+    matrix: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    clip: float,
+    packed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hadamard_quant of x, or of activation(x) * up; of order 1 it rotates nothing."""
+    x, up = x.contiguous(), up.contiguous()
     codes, scale, zero = QUANTIZE.fake(x, bits, 0, symmetric, clip, packed, torch.float32)
     table, factor, base, base_pad, pow2, log_pow2 = rotation_arguments(x, order, matrix)
     A = x.shape[-1] // (order * inner)
@@ -95,6 +114,7 @@ def hadamard_quant(
         with device_of(x):
             _hadamard_quant_kernel[(scale.numel(),)](
                 x,
+                up,
                 table,
                 codes,
                 scale,
@@ -109,6 +129,7 @@ def hadamard_quant(
                 log_pow2,
                 block_r,
                 block_i,
+                activation,
                 bits,
                 IntFormat(bits).storage_bits,
                 symmetric,
