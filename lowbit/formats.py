@@ -1,6 +1,7 @@
 """What the bits mean: IntFormat, QuantFormat, Layout, PackedTensor; docs/formats.md draws them.
 
     value = (code - zero_point) * scale          zero_point = 0 when symmetric
+    value = code * scale * channel_scale         two-level scales: scale an integer
 
 Symmetric codes are two's complement, -2^(b-1) .. 2^(b-1) - 1, with scale = amax / (2^(b-1) - 1).
 Asymmetric codes are unsigned, 0 .. 2^b - 1, with an integer zero_point in the same range.
@@ -19,6 +20,9 @@ PACKED_BITS = (2, 3, 4, 8)  # widths with a dense packing; other widths live in 
 MIN_BITS, MAX_BITS, UNQUANTIZED_BITS = 2, 8, 16
 GROUP_SIZES = (32, 64, 128)
 
+# Two-level scales: an integer per group, so that code * scale fits int8: 8 * 15 = 120.
+GROUP_SCALE_MAX, TWO_LEVEL_MAX_BITS = 15, 4
+
 # The smallest positive fp16 number, used as a maximum: a scale is never 0, in fp16 or in fp32.
 MIN_SCALE = 2.0**-24
 
@@ -32,17 +36,27 @@ class Layout(str, Enum):
 
 @dataclass(frozen=True)
 class IntFormat:
-    """An integer grid of 2..8 bits, one scale per `group_size` elements of a row; None: per row."""
+    """An integer grid of 2..8 bits, one scale per `group_size` elements of a row; None: per row.
+
+    two_level: that scale is an integer, 1..GROUP_SCALE_MAX, in steps of the row's fp32 scale.
+    """
 
     bits: int
     symmetric: bool = True
     group_size: int | None = None
+    two_level: bool = False
 
     def __post_init__(self):
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise InputError(f"bits must be in {MIN_BITS}..{MAX_BITS}, got {self.bits}")
         if self.group_size is not None and self.group_size < 1:
             raise InputError(f"group_size must be None or positive, got {self.group_size}")
+        one_level = not self.symmetric or self.group_size is None or self.bits > TWO_LEVEL_MAX_BITS
+        if self.two_level and one_level:
+            raise InputError(
+                f"two-level scales need symmetric codes of at most {TWO_LEVEL_MAX_BITS} bits in "
+                f"groups, got {self.bits} bits, symmetric={self.symmetric}, group {self.group_size}"
+            )
 
     @property
     def qmin(self) -> int:
@@ -65,7 +79,9 @@ class IntFormat:
     @property
     def weight_scale_dtype(self) -> torch.dtype:
         """Stored dtype of a weight's scales: fp32 for one per output channel, whose bytes do not
-        matter, fp16 for groups."""
+        matter, fp16 for groups, uint8 for groups of two-level scales."""
+        if self.two_level:
+            return torch.uint8
         return torch.float32 if self.group_size is None else torch.float16
 
     def num_groups(self, K: int) -> int:
@@ -81,10 +97,11 @@ class IntFormat:
 class PackedTensor:
     """A quantized tensor [..., K] and everything needed to read it.
 
-    codes       ROW_MAJOR: uint8 [..., K * storage_bits / 8]; BYTES: int8 or uint8 [..., K]
-    scale       [..., G] fp32 or fp16, G = format.num_groups(K)
-    zero_point  [..., G] uint8, None when symmetric
-    shape       (..., K), the shape of the tensor the codes stand for
+    codes          ROW_MAJOR: uint8 [..., K * storage_bits / 8]; BYTES: int8 or uint8 [..., K]
+    scale          [..., G] fp32 or fp16, uint8 of two levels; G = format.num_groups(K)
+    zero_point     [..., G] uint8, None when symmetric
+    shape          (..., K), the shape of the tensor the codes stand for
+    channel_scale  [..., 1] fp32, which multiplies `scale`; None unless it has two levels
     """
 
     codes: torch.Tensor
@@ -93,6 +110,7 @@ class PackedTensor:
     format: IntFormat
     layout: Layout
     shape: torch.Size
+    channel_scale: torch.Tensor | None = None
 
     def __post_init__(self):
         K = self.shape[-1]
@@ -117,15 +135,25 @@ class PackedTensor:
             raise InputError(
                 f"zero_point must have shape {groups}, got {tuple(self.zero_point.shape)}"
             )
+        channels = (*self.shape[:-1], 1) if self.format.two_level else None
+        got = None if self.channel_scale is None else tuple(self.channel_scale.shape)
+        if got != channels:
+            raise InputError(
+                f"channel_scale must have shape {channels}: two_level={self.format.two_level}, "
+                f"got {got}"
+            )
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points together."""
-        tensors = (self.codes, self.scale, self.zero_point)
+        tensors = (self.codes, self.scale, self.zero_point, self.channel_scale)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-GRAMMAR = "w<bits>a<bits>[kv<bits>][g<group>][-wasym][-aasym], bits 2..8 or 16, group 32, 64 or 128"
+GRAMMAR = (
+    "w<bits>a<bits>[kv<bits>][g<group>][-wasym|-wtwolevel][-aasym], bits 2..8 or 16, "
+    "group 32, 64 or 128"
+)
 KNOWN_NAMES = (
     "w4a4kv4",
     "w4a8kv4",
@@ -142,7 +170,7 @@ KNOWN_NAMES = (
     "w2a16g128",
     "w2a16g32",
 )
-_NAME = re.compile(r"w(\d+)a(\d+)(?:kv(\d+))?(?:g(\d+))?(-wasym)?(-aasym)?")
+_NAME = re.compile(r"w(\d+)a(\d+)(?:kv(\d+))?(?:g(\d+))?(-wasym|-wtwolevel)?(-aasym)?")
 
 
 @dataclass(frozen=True)
@@ -150,8 +178,8 @@ class QuantFormat:
     """Formats of a model's linear weights, their inputs and its KV cache; None: left unquantized.
 
     `parse` and `name` are inverses. Weights: per output channel or per group along K, symmetric
-    unless `-wasym`. Activations: per token, symmetric unless `-aasym`. KV: per token and KV head,
-    one group of head_dim elements, asymmetric.
+    unless `-wasym`, of two levels with `-wtwolevel`. Activations: per token, symmetric unless
+    `-aasym`. KV: per token and KV head, one group of head_dim elements, asymmetric.
     """
 
     weight: IntFormat | None
@@ -164,6 +192,8 @@ class QuantFormat:
             raise InputError("a format that quantizes activations must quantize weights too")
         if a is not None and not w.symmetric:
             raise InputError("-wasym needs 16-bit activations: int_gemm takes symmetric weights")
+        if a is None and w is not None and w.two_level:
+            raise InputError("-wtwolevel needs quantized activations: its scales are for int_gemm")
         if w is not None and w.group_size not in (None, *GROUP_SIZES):
             raise InputError(f"group must be one of {GROUP_SIZES}, got {w.group_size}")
         if a is not None and a.group_size is not None:
@@ -180,6 +210,7 @@ class QuantFormat:
             + ("" if kv is None else f"kv{kv.bits}")
             + ("" if w is None or w.group_size is None else f"g{w.group_size}")
             + ("" if w is None or w.symmetric else "-wasym")
+            + ("-wtwolevel" if w is not None and w.two_level else "")
             + ("" if a is None or a.symmetric else "-aasym")
         )
 
@@ -189,10 +220,11 @@ class QuantFormat:
         match = _NAME.fullmatch(name)
         if match is None:
             raise InputError(_not_understood(name))
-        w, a, kv, group, weight_asym, activation_asym = match.groups()
+        w, a, kv, group, weight, activation_asym = match.groups()
+        group_size, two_level = int(group) if group else None, weight == "-wtwolevel"
         try:
             result = cls(
-                weight=_int_format(w, not weight_asym, int(group) if group else None),
+                weight=_int_format(w, weight != "-wasym", group_size, two_level),
                 activation=_int_format(a, not activation_asym),
                 kv=_int_format(kv, symmetric=False) if kv else None,
             )
@@ -206,10 +238,12 @@ class QuantFormat:
         return self.name
 
 
-def _int_format(bits: str, symmetric: bool, group_size: int | None = None) -> IntFormat | None:
+def _int_format(
+    bits: str, symmetric: bool, group_size: int | None = None, two_level: bool = False
+) -> IntFormat | None:
     if int(bits) == UNQUANTIZED_BITS:
         return None
-    return IntFormat(int(bits), symmetric, group_size)
+    return IntFormat(int(bits), symmetric, group_size, two_level)
 
 
 def _not_understood(name: str, nearest: str | None = None) -> str:

@@ -26,6 +26,7 @@ def assert_bitwise(got, expected):
             expected.layout,
             expected.shape,
         )
+        assert_bitwise(got.channel_scale, expected.channel_scale)
         return assert_bitwise(_tensors(got), _tensors(expected))
     if isinstance(expected, (tuple, list)):
         assert len(got) == len(expected), f"{len(got)} outputs, expected {len(expected)}"

@@ -4,10 +4,10 @@ from models import tiny_llama
 
 from lowbit.config import LowbitConfig
 from lowbit.evaluate.fake_quant import rotate
-from lowbit.formats import Layout, QuantFormat
+from lowbit.formats import QuantFormat
 from lowbit.models import adapter_for
 from lowbit.nn import swap
-from lowbit.ops import quantize
+from lowbit.rounding import RTN
 from lowbit.transforms.online import OnlineTransform
 
 
@@ -48,4 +48,4 @@ def pack_model(model, format: str, kind: str | None = "hadamard", clip: float = 
 
 def pack_weight(weight, format):
     """RTN codes of one weight, as QuantLinear stores them."""
-    return quantize(weight, format, 1.0, Layout.ROW_MAJOR, format.weight_scale_dtype)
+    return RTN().round(weight, format)[0]

@@ -18,7 +18,7 @@ from lowbit.ops import dequantize, quantize
 from lowbit.transforms.online import OnlineTransform
 
 FORMATS = ["w4a4kv4", "w4a8kv4", "w8a8", "w4a16g32", "w3a16g32-wasym", "w4a8kv4g32"]
-FORMATS += ["w4a4kv4-aasym", "w6a6kv3", "w16a16kv4"]
+FORMATS += ["w4a4kv4-aasym", "w6a6kv3", "w16a16kv4", "w4a8g32-wtwolevel"]
 GRIDS = [IntFormat(bits, symmetric) for bits in (2, 3, 4, 6, 8) for symmetric in (True, False)]
 
 

@@ -35,6 +35,8 @@ def valid_formats():
     ):
         for activation in activations if symmetric else [None]:
             yield QuantFormat(IntFormat(b, symmetric, group_size), activation, kv)
+            if b <= 4 and symmetric and group_size is not None and activation is not None:
+                yield QuantFormat(IntFormat(b, symmetric, group_size, True), activation, kv)
     for kv in caches:
         yield QuantFormat(None, None, kv)
 
@@ -42,7 +44,8 @@ def valid_formats():
 def test_parse_and_name_are_inverses():
     formats = list(valid_formats())
     names = [f.name for f in formats]
-    assert len(set(names)) == len(formats) == len(BITS) * 4 * 8 * (15 + 1) + 8
+    two_level = 3 * 3 * 8 * 14  # bits, groups, caches, activations
+    assert len(set(names)) == len(formats) == len(BITS) * 4 * 8 * (15 + 1) + two_level + 8
     assert [QuantFormat.parse(n) for n in names] == formats
     assert str(formats[0]) == formats[0].name
 
@@ -52,8 +55,9 @@ def test_every_name_the_grammar_spells():
     bits = ("2", "4", "8", "16", "1", "9", "04")
     parts = (bits, bits, ("", "kv4", "kv16", "kv1"), ("", "g32", "g128", "g16", "g0"))
     parsed = refused = 0
-    for w, a, kv, g, wasym, aasym in itertools.product(*parts, ("", "-wasym"), ("", "-aasym")):
-        name = f"w{w}a{a}{kv}{g}{wasym}{aasym}"
+    suffixes = (("", "-wasym", "-wtwolevel"), ("", "-aasym"))
+    for w, a, kv, g, wsuffix, aasym in itertools.product(*parts, *suffixes):
+        name = f"w{w}a{a}{kv}{g}{wsuffix}{aasym}"
         try:
             assert QuantFormat.parse(name).name == name
             parsed += 1
@@ -62,7 +66,9 @@ def test_every_name_the_grammar_spells():
             refused += 1
     weights_only = 3 * 2 * 3 * 2  # w, kv, g, -wasym with a16
     quantized = 3 * 3 * 2 * 3 * 2  # w, a, kv, g, -aasym
-    assert (parsed, refused) == (weights_only + quantized + 2, 7 * 7 * 4 * 5 * 4 - parsed)
+    two_level = 2 * 3 * 2 * 2 * 2  # w, a, kv, g, -aasym
+    expected = weights_only + quantized + two_level + 2
+    assert (parsed, refused) == (expected, 7 * 7 * 4 * 5 * 6 - expected)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,8 @@ def test_every_name_the_grammar_spells():
         ("w4a16g64-wasym", IntFormat(4, False, 64), None, None),
         ("w3a8kv4g64-aasym", IntFormat(3, True, 64), IntFormat(8, False), IntFormat(4, False)),
         ("w16a16kv8", None, None, IntFormat(8, False)),
+        ("w4a8g128-wtwolevel", IntFormat(4, True, 128, True), IntFormat(8), None),
+        ("w2a4g32-wtwolevel-aasym", IntFormat(2, True, 32, True), IntFormat(4, False), None),
     ],
 )
 def test_names_by_example(name, weight, activation, kv):
@@ -90,6 +98,7 @@ def test_names_by_example(name, weight, activation, kv):
         ("w4a4kv16", "w4a4"),
         ("w04a4", "w4a4"),
         ("w16a16g128", "w16a16"),
+        ("w16a16-wtwolevel", "w16a16"),
     ],
 )
 def test_nearest_name(name, nearest):
@@ -102,6 +111,12 @@ def test_nearest_name(name, nearest):
     [
         ("w16a4", "a format that quantizes activations must quantize weights too"),
         ("w4a4-wasym", "-wasym needs 16-bit activations"),
+        (
+            "w4a16g32-wtwolevel",
+            "-wtwolevel needs quantized activations: its scales are for int_gemm",
+        ),
+        ("w4a8-wtwolevel", "two-level scales need .* in groups, got 4 bits, .* group None"),
+        ("w8a8g32-wtwolevel", "two-level scales need .* at most 4 bits in groups, got 8 bits"),
         ("w4a16g16", r"group must be one of \(32, 64, 128\), got 16"),
         ("w9a16", r"bits must be in 2\.\.8, got 9"),
         ("w4a1", r"bits must be in 2\.\.8, got 1"),
@@ -113,7 +128,11 @@ def test_reason(name, reason):
         QuantFormat.parse(name)
 
 
-@pytest.mark.parametrize("name", ["", "w4", "a4", "kv4", "w4a4kv", "w4a4 ", "w4a4\n", "wa", "💡"])
+NOT_NAMES = ["", "w4", "a4", "kv4", "w4a4kv", "w4a4 ", "w4a4\n", "wa", "💡"]
+NOT_NAMES += ["w4a8g32-wasym-wtwolevel", "w4a8g32-aasym-wtwolevel"]
+
+
+@pytest.mark.parametrize("name", NOT_NAMES)
 def test_not_a_name(name):
     with pytest.raises(InputError, match=re.escape(f"unknown format {name!r}: expected {GRAMMAR}")):
         QuantFormat.parse(name)
@@ -125,6 +144,7 @@ def test_not_a_name(name):
         (lambda: IntFormat(1), r"bits must be in 2\.\.8, got 1"),
         (lambda: IntFormat(16), r"bits must be in 2\.\.8, got 16"),
         (lambda: IntFormat(4, True, 0), "group_size must be None or positive, got 0"),
+        (lambda: IntFormat(4, False, 32, True), "need symmetric codes .* symmetric=False"),
         (lambda: IntFormat(4, True, 24).num_groups(64), "divide the row length 64, got 24"),
         (lambda: QuantFormat(IntFormat(4, True, 48)), "group must be one of .* got 48"),
         (lambda: QuantFormat(IntFormat(4), IntFormat(4, True, 32)), "they have no group size"),
@@ -164,11 +184,20 @@ def packed_tensor(**changes) -> PackedTensor:
     return PackedTensor(**(fields | changes))
 
 
+TWO_LEVEL = {
+    "format": IntFormat(4, True, 4, True),
+    "scale": torch.ones(2, 2, dtype=torch.uint8),
+    "zero_point": None,
+}
+
+
 def test_packed_tensor_is_frozen_and_counts_its_bytes():
     t = packed_tensor()
     assert t.nbytes == 2 * 4 + 2 * 2 * 2 + 2 * 2
     with pytest.raises(FrozenInstanceError):
         t.layout = Layout.BYTES
+    two_level = packed_tensor(**TWO_LEVEL, channel_scale=torch.ones(2, 1))
+    assert two_level.nbytes == 2 * 4 + 2 * 2 + 2 * 4
     in_bytes = packed_tensor(codes=torch.zeros(2, 8, dtype=torch.uint8), layout=Layout.BYTES)
     assert in_bytes.nbytes == 2 * 8 + 2 * 2 * 2 + 2 * 2
 
@@ -183,6 +212,9 @@ def test_packed_tensor_is_frozen_and_counts_its_bytes():
         ({"format": IntFormat(4, True, 4)}, "exactly when the format is symmetric, .*True"),
         ({"zero_point": None}, "exactly when .*symmetric=False and zero_point False"),
         ({"zero_point": torch.zeros(2, 1)}, r"zero_point must have shape \(2, 2\), got \(2, 1\)"),
+        ({"channel_scale": torch.ones(2, 1)}, "must have shape None: two_level=False, got .2, 1."),
+        (TWO_LEVEL, r"channel_scale must have shape \(2, 1\): two_level=True, got None"),
+        (TWO_LEVEL | {"channel_scale": torch.ones(2)}, r"must have shape \(2, 1\).*, got \(2,\)"),
         (
             {"format": IntFormat(3, False, 4), "shape": torch.Size((2, 4))},
             "a packed row must fill whole bytes, got 4 codes of 3 bits",

@@ -69,9 +69,7 @@ def all_splits(n: int, bases: list[int]):
 
 def cheapest(n: int, bases: list[int]) -> tuple[int, ...] | None:
     """Largest power of two; then least sum of bases; then the smaller first base."""
-    splits = [
-        (-power, sum(b), b) for b, power in all_splits(n, [b for b in bases if n % b == 0])
-    ]
+    splits = [(-power, sum(b), b) for b, power in all_splits(n, [b for b in bases if n % b == 0])]
     if not splits:
         return None
     power, _, split = min(splits)

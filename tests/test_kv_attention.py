@@ -81,10 +81,14 @@ def query_start(batch: Batch) -> Tensor:
     return counts.cumsum(0).to(torch.int32)
 
 
-def attend(q: Tensor, cache: Cache, batch: Batch, scaling: float | None = None) -> Tensor:
+def attend(
+    q: Tensor, cache: Cache, batch: Batch, scaling: float | None = None, backend: str | None = None
+) -> Tensor:
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     start = query_start(batch)
-    return kv_attention(q, cache.pages, cache.block_table, cache.seq_lens, start, scaling)
+    return kv_attention(
+        q, cache.pages, cache.block_table, cache.seq_lens, start, scaling, backend=backend
+    )
 
 
 def torch_attention(q: Tensor, cache: Cache, batch: Batch, dtype: torch.dtype) -> Tensor:
@@ -319,10 +323,9 @@ def test_wrong_argument(change, message):
         KV_ATTENTION(*(op_arguments() | change).values())
 
 
-@pytest.mark.parametrize(("backend", "kernel"), [("cuda", "CUDA"), ("triton", "Triton")])
-def test_backend_without_a_kernel_says_so(backend, kernel):
-    with pytest.raises(RuntimeError, match=f"{backend}: no {kernel} kernel for kv_attention yet"):
-        KV_ATTENTION(*op_arguments().values(), backend=backend)
+def test_backend_without_a_kernel_says_so():
+    with pytest.raises(RuntimeError, match="cuda: no CUDA kernel for kv_attention yet"):
+        KV_ATTENTION(*op_arguments().values(), backend="cuda")
 
 
 def test_registered():

@@ -39,7 +39,10 @@ def test_eight_bits_keep_the_function_of_the_model(recipe):
     assert ((got - expected).norm() / expected.norm()).item() < 0.05
 
 
-@pytest.mark.parametrize("format", ["w4a4kv4", "w4a8", "w4a16g32-wasym", "w8a8-aasym", "w16a16kv4"])
+FORMATS = ["w4a4kv4", "w4a8", "w4a16g32-wasym", "w8a8-aasym", "w16a16kv4", "w4a8g32-wtwolevel"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_modules_follow_the_format(format):
     model = quantized("quarot", format)
     parsed, types = model.lowbit_config.format, module_types(model)

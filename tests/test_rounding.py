@@ -69,7 +69,7 @@ def test_gptq_matches_a_column_by_column_solution(act_order, format):
     damped = hessian.double().numpy().copy()
     damped[np.diag_indices(64)] += report["damp"] * damped.diagonal().mean()
     order = np.argsort(-hessian.diagonal().numpy(), kind="stable") if act_order else np.arange(64)
-    scale, zero = weight_grid(weight, format)
+    scale, zero, _ = weight_grid(weight, format)
     group = format.group_size or 64
     left, solution = weight.double().numpy().copy(), np.zeros((8, 64))
     for position, j in enumerate(order):
@@ -113,7 +113,7 @@ def test_indefinite_hessian_raises_the_damp_then_falls_back_to_rtn(weight):
 def test_clip_search_takes_the_least_error(weight, format):
     """Against a scalar search over the same 80 candidates, one group at a time."""
     weight = weight[:3]
-    scale, zero = weight_grid(weight, format, clip_search=True)
+    scale, zero, _ = weight_grid(weight, format, clip_search=True)
     got = (on_grid(weight, scale, zero, format) - weight).abs().double().pow(2.4)
     groups = weight.unflatten(-1, (scale.shape[-1], -1))
     errors = []

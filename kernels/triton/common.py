@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from lowbit import formats
+from lowbit.ops.dispatch import interpreted
 
 MIN_SCALE = tl.constexpr(formats.MIN_SCALE)
 # fp32 counts in steps of 1 from 2^23 to 2^24, so adding and taking away 1.5 * 2^23 rounds every
@@ -20,7 +21,8 @@ MIN_SCALE = tl.constexpr(formats.MIN_SCALE)
 ROUNDER = tl.constexpr(1.5 * 2**23)
 ROUNDED_LIMIT = tl.constexpr(2.0**21)
 FP32_MAX = tl.constexpr((2 - 2**-23) * 2.0**127)
-INTERPRETED_PROCESSORS = 4
+INTERPRETED = tl.constexpr(interpreted())  # no inline assembly; the same arithmetic in tl instead
+INTERPRETED_PROCESSORS = 16
 FP16_MAX = tl.constexpr(65504.0)
 
 
@@ -181,3 +183,37 @@ def _places(
     b = index // (BLOCK_I * POW2) % BASE_PAD
     a = index // (BLOCK_I * POW2 * BASE_PAD)
     return ((a * BASE + b) * POW2 + p) * inner + i, (a < A) & (b < BASE) & (i < inner)
+
+
+@triton.jit
+def expand_nibbles(t):
+    """int8 [R, 2C] of packed int8 [R, C]: 16 times the signed nibbles, in their order."""
+    if INTERPRETED:
+        low, high = t << 4, t & -16
+    else:  # one instruction for four bytes: compiled from tl, each byte is taken out and put back
+        low, high = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $2, 4; "
+            "and.b32 $0, t, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }",
+            "=&r,=r,r",
+            [t],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    return tl.reshape(tl.join(low, high), [t.shape[0], 2 * t.shape[1]])
+
+
+@triton.jit
+def flip_top_bits(t, NIBBLES: tl.constexpr):
+    """t with the top bit of every byte, or of every nibble, flipped."""
+    if INTERPRETED:
+        flipped = t ^ (-120 if NIBBLES else -128)  # 0x88, 0x80
+    elif NIBBLES:
+        flipped = tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, 0x88888888;", "=r,r", [t], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        flipped = tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, 0x80808080;", "=r,r", [t], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return flipped

@@ -1,9 +1,23 @@
-"""The configurations of the Triton kernels: data only, nothing is tuned in a user's call.
+"""What is compiled ahead of time of the Triton kernels: data only.
 
-tests/test_compile.py compiles every one of them for every architecture, without a GPU.
+tests/test_compile.py compiles every one of them for every architecture, without a GPU; the tiles of
+tiles.py are all among them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from lowbit.kernels.tiles import (
+    ADD_PARTS_BLOCK_N,
+    ANY,
+    INT_GEMM_GROUPED_TILES,
+    INT_GEMM_TILES,
+    SPLIT_K_MAX_M,
+    WEIGHT_ONLY_FP32_TILES,
+    WEIGHT_ONLY_TILES,
+    Tile,
+    attention_tile,
+    head_words,
+)
 
 
 @dataclass(frozen=True)
@@ -15,8 +29,11 @@ class Config:
     constants  tl.constexpr arguments; an argument that is 1 at run time belongs here
     aligned    integer arguments that are multiples of 16; pointers always are
     fp_fusion  as at launch; False in everything that quantizes
+    units      compute capability -> regular expression of the matrix instruction it must use
     expects    regular expressions that the PTX must match
     forbids    regular expressions that it must not match
+
+    Whatever the configuration, floats are narrowed by rounding to nearest (tests/test_compile.py).
     """
 
     kernel: str
@@ -27,6 +44,7 @@ class Config:
     num_stages: int = 3
     aligned: tuple[str, ...] = ()
     fp_fusion: bool = True
+    units: dict[int, str] = field(default_factory=dict)
     expects: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
 
@@ -84,8 +102,6 @@ DEQUANTIZE = tuple(
         {"BITS": bits, "SYMMETRIC": symmetric, "PACKED": packed, "BLOCK": 1024},
         aligned=("group_size",),
         fp_fusion=False,
-        # bf16 is rounded to nearest even, which the interpreter does not show
-        expects=(r"cvt\.rn\.bf16",) if out == "bf16" else (),
     )
     for out, bits, symmetric, packed in (
         ("bf16", 4, True, True),
@@ -95,17 +111,15 @@ DEQUANTIZE = tuple(
 )
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A GEMM takes the first of its tiles that is for its M and N."""
+def _units(kind: str, rows: int, blackwell: str | None = None) -> dict[int, str]:
+    """The matrix instruction of each architecture for a dot of so many rows.
 
-    max_M: float
-    max_N: float
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
+    With Triton 3.7 int8 has mma.sync on sm_100, whose own unit it does not address.
+    """
+    mma = rf"mma\.sync\S*\.row\.col\.\S*{kind}"
+    if rows < 64:
+        return dict.fromkeys((80, 89, 90, 100), mma)
+    return {80: mma, 89: mma, 90: rf"wgmma\.\S*{kind}", 100: blackwell or mma}
 
 
 def unique(tiles: tuple[Tile, ...]) -> list[Tile]:
@@ -113,21 +127,10 @@ def unique(tiles: tuple[Tile, ...]) -> list[Tile]:
     return list({(t.BLOCK_M, t.BLOCK_N): t for t in tiles}.values())
 
 
-ANY = float("inf")
-INT_GEMM_TILES = (
-    Tile(16, ANY, 16, 32, 256, 4, 4),
-    Tile(64, ANY, 64, 64, 128, 4, 3),
-    Tile(ANY, 1024, 64, 64, 128, 4, 3),  # more programs where N is small
-    Tile(ANY, ANY, 128, 128, 128, 8, 3),
-)
-# Groups need two accumulators: 128 x 128 spills on sm_89.
-INT_GEMM_GROUPED_TILES = (*INT_GEMM_TILES[:-1], Tile(ANY, ANY, 128, 64, 128, 8, 3))
-# Up to SPLIT_K_MAX_M rows K is split, in parts of SPLIT_K_MIN_COLUMNS at least, until there are
-# SPLIT_K_PROGRAMS programs a multiprocessor; a second kernel adds the parts of a row.
-SPLIT_K_MAX_M, SPLIT_K_MIN_COLUMNS, SPLIT_K_PROGRAMS = 64, 512, 4
-ADD_PARTS_BLOCK_N = 512
-# Integer matrix units: wgmma on sm_90 for 64 rows and more, mma.sync elsewhere.
-INT8_MMA = r"mma\.sync\.aligned\.m16n8k32\.\S*s32\.s8\.s8|wgmma\S*k32\.s32\.s8\.s8"
+def _float_units(x: str, rows: int) -> dict[int, str]:
+    return _units(rf"f32\.{x.replace('fp', 'f')}", rows, r"tcgen05\.mma\S*kind::f16")
+
+
 INT_GEMM = tuple(
     Config(
         "int_gemm:int_gemm_kernel",
@@ -137,7 +140,8 @@ INT_GEMM = tuple(
             "x_scale": "*fp32",
             **({} if symmetric else {"x_zero_point": "*u8"}),
             "w": "*i8",
-            "w_scale": "*fp16" if group else "*fp32",
+            **({"w_group_scale": "*u8"} if two_level else {}),
+            "w_scale": "*fp16" if group and not two_level else "*fp32",
             **({} if symmetric else {"bias": "*fp16"}),
             "y": f"*{out}",
             **({"parts": "*i32"} if split else {}),
@@ -148,6 +152,7 @@ INT_GEMM = tuple(
         },
         {
             **({"x_zero_point": None, "bias": None} if symmetric else {}),
+            **({} if two_level else {"w_group_scale": None}),
             **({} if split else {"parts": None}),
             "X_BITS": x_bits,
             "X_NIBBLES": x_nibbles,
@@ -161,20 +166,23 @@ INT_GEMM = tuple(
         t.num_stages,
         aligned=("N", "K", "columns"),
         fp_fusion=False,
-        # bf16 is rounded to nearest even, which the interpreter does not show
-        expects=(INT8_MMA, *((r"cvt\.rn\.bf16",) if out == "bf16" and not split else ())),
+        units=_units(r"s32\.s8\.s8", t.BLOCK_M),
         forbids=(r"fma\.rn\.f32",),
     )
-    for name, out, x_bits, symmetric, x_nibbles, w_nibbles, group in (
-        ("w8a8", "fp16", 8, True, False, False, 0),
-        ("w4a8", "bf16", 8, True, False, True, 0),
-        ("w4a4-packed", "fp16", 4, True, True, True, 0),
-        ("w4a8-asym", "fp32", 8, False, False, True, 0),
-        ("w4a4-packed-asym-g32", "bf16", 4, False, True, True, 32),
-        ("w4a8-g128", "fp16", 8, True, False, True, 128),
+    for name, out, x_bits, symmetric, x_nibbles, w_nibbles, group, two_level in (
+        ("w8a8", "fp16", 8, True, False, False, 0, False),
+        ("w4a8", "bf16", 8, True, False, True, 0, False),
+        ("w4a4-packed", "fp16", 4, True, True, True, 0, False),
+        ("w4a8-asym", "fp32", 8, False, False, True, 0, False),
+        ("w4a4-packed-asym-g32", "bf16", 4, False, True, True, 32, False),
+        ("w4a8-g128", "fp16", 8, True, False, True, 128, False),
+        ("w4a4-packed-asym-g32-two-level", "fp16", 4, False, True, True, 32, True),
+        ("w4a8-g128-two-level", "bf16", 8, True, False, True, 128, True),
     )
     for t in unique(INT_GEMM_GROUPED_TILES if group else INT_GEMM_TILES)
-    for split in ((False, True) if not group and t.max_M <= SPLIT_K_MAX_M else (False,))
+    for split in (
+        (False, True) if (two_level or not group) and t.max_M <= SPLIT_K_MAX_M else (False,)
+    )
 ) + tuple(
     Config(
         "int_gemm:add_parts_kernel",
@@ -187,33 +195,18 @@ INT_GEMM = tuple(
             "y": f"*{out}",
             **dict.fromkeys(("M", "N", "number"), "i32"),
         },
-        {**({} if bias else {"bias": None}), "SHIFT": shift, "BLOCK_N": ADD_PARTS_BLOCK_N},
+        {**({} if bias else {"bias": None}), "BLOCK_N": ADD_PARTS_BLOCK_N},
         aligned=("N",),
         fp_fusion=False,
-        expects=(r"cvt\.rn\.bf16",) if out == "bf16" else (),
         forbids=(r"fma\.rn\.f32",),
     )
-    for out, shift, bias in (("fp16", 8, False), ("bf16", 4, True), ("fp32", 0, False))
+    for out, bias in (("fp16", False), ("bf16", True), ("fp32", False))
 )
-
-# M = 1: a GEMV. Groups need two accumulators: with 128 x 128 they spill. fp32 x has no matrix
-# units, and smaller tiles.
-WEIGHT_ONLY_TILES = (
-    Tile(1, ANY, 1, 16, 256, 4, 3),
-    Tile(16, ANY, 16, 64, 128, 4, 4),
-    Tile(64, ANY, 64, 64, 64, 4, 3),
-    Tile(ANY, 1024, 64, 64, 64, 4, 3),
-    Tile(ANY, ANY, 128, 64, 64, 8, 3),
-)
-WEIGHT_ONLY_FP32_TILES = (
-    Tile(1, ANY, 1, 16, 256, 4, 3),
-    Tile(ANY, ANY, 32, 64, 32, 8, 3),
-)
-FLOAT_MMA = r"mma\.sync\.aligned\.m16n8k16\.|wgmma\S*k16\.f32|tcgen05\.mma"
 
 
 def _weight_only(t: Tile, x: str, name: str, bits: int, signed: bool, group: int) -> Config:
     gemv = t.BLOCK_M == 1
+    on_fp32_units = gemv or x == "fp32"
     return Config(
         f"weight_only_gemm:weight_only_{'gemv' if gemv else 'gemm'}_kernel",
         f"{x}-{name}-{t.BLOCK_M}x{t.BLOCK_N}",
@@ -238,7 +231,8 @@ def _weight_only(t: Tile, x: str, name: str, bits: int, signed: bool, group: int
         t.num_warps,
         t.num_stages,
         aligned=("N", "K"),
-        expects=(r"fma\.rn\.f32",) if gemv or x == "fp32" else (FLOAT_MMA,),
+        units={} if on_fp32_units else _float_units(x, t.BLOCK_M),
+        expects=(r"fma\.rn\.f32",) if on_fp32_units else (),
         forbids=(r"mma\S*tf32",),
     )
 
@@ -260,15 +254,33 @@ WEIGHT_ONLY_GEMM = tuple(
 
 # order: BASE, BASE_PAD, POW2, LOG_POW2, and the warps of a program that holds one block
 _ORDERS = {
+    9: (9, 16, 1, 0, 8),  # a matrix of floats
     64: (1, 1, 64, 6, 8),
     4096: (1, 1, 4096, 12, 8),
-    576: (36, 64, 16, 4, 8),
-    1536: (12, 16, 128, 7, 8),
-    11008: (344, 512, 32, 5, 32),
-    13824: (108, 128, 128, 7, 32),
-    14336: (28, 32, 512, 9, 32),
+    576: (36, 64, 16, 4, 4),
+    1536: (12, 16, 128, 7, 4),
+    11008: (344, 512, 32, 5, 16),
+    13824: (108, 128, 128, 7, 16),
+    14336: (28, 32, 512, 9, 16),
+    18944: (148, 256, 128, 7, 16),
+    28672: (28, 32, 1024, 10, 16),
     32768: (1, 1, 32768, 15, 32),
 }
+
+
+def _matrix(x: str, order: int) -> dict[str, str]:
+    """Where a base is not one: signs, or the floats of a matrix; else anything."""
+    base = _ORDERS[order][0]
+    return {"matrix_ptr": f"*{x}" if base == 1 else "*i8" if base % 4 == 0 else "*fp32"}
+
+
+def _rotation_units(x: str, order: int, activation: str = "") -> dict[int, str]:
+    """Base orders of rows that are not too long; sm_100 keeps mma.sync for some."""
+    base, rows, pow2 = _ORDERS[order][:3]
+    if base == 1 or base % 4 or rows * pow2 > 16384:
+        return {}
+    units = _float_units("bf16" if activation else x.replace("fp32", "bf16"), rows)
+    return {**units, 100: rf"{units[80]}|{units[100]}"}
 
 
 def _rotation(order: int, block_r: int, block_i: int) -> dict[str, object]:
@@ -284,7 +296,7 @@ HADAMARD = tuple(
         f"{x}-{order}x{block_r}x{block_i}",
         {
             "x_ptr": f"*{x}",
-            "matrix_ptr": "*fp32",
+            **_matrix(x, order),
             "y_ptr": f"*{x}",
             "blocks": "i32",
             "factor": "fp32",
@@ -292,7 +304,7 @@ HADAMARD = tuple(
         },
         _rotation(order, block_r, block_i),
         _ORDERS[order][-1],
-        expects=(r"cvt\.rn\.bf16",) if x == "bf16" else (),
+        units=_rotation_units(x, order),
     )
     for x, order, block_r, block_i in (
         ("bf16", 64, 64, 1),
@@ -311,7 +323,7 @@ HADAMARD_QUANT = tuple(
         f"{x}-{order}x{block_i}-{bits}",
         {
             **dict.fromkeys(("x_ptr", "up_ptr"), f"*{x}"),
-            "matrix_ptr": "*fp32",
+            **_matrix(x, order),
             "factor": "fp32",
             **_quantized(symmetric, packed),
             **({} if block_i == 1 else {"inner": "i32"}),
@@ -323,16 +335,20 @@ HADAMARD_QUANT = tuple(
             **_grid(bits, symmetric, packed),
         },
         16 if block_i > 1 else _ORDERS[order][-1],
+        units=_rotation_units(x, order),
         **_ROTATED,
     )
     for x, order, bits, symmetric, packed, block_i in (
         ("bf16", 4096, 4, True, True, 1),
         ("bf16", 64, 4, True, True, 128),
+        ("bf16", 9, 4, True, True, 64),
         ("bf16", 1536, 8, True, False, 1),
         ("fp16", 576, 4, False, True, 1),
         ("bf16", 11008, 4, True, True, 1),
         ("bf16", 13824, 4, True, True, 1),
         ("bf16", 14336, 4, True, True, 1),
+        ("bf16", 18944, 4, True, True, 1),
+        ("bf16", 28672, 8, True, False, 1),
         ("fp16", 32768, 8, False, False, 1),
     )
 )
@@ -342,7 +358,7 @@ SILU_MUL_HADAMARD_QUANT = tuple(
         f"{x}-{order}-{activation}-{bits}",
         {
             **dict.fromkeys(("x_ptr", "up_ptr"), f"*{x}"),
-            "matrix_ptr": "*fp32",
+            **_matrix(x, order),
             "factor": "fp32",
             **_quantized(symmetric, packed),
         },
@@ -353,12 +369,14 @@ SILU_MUL_HADAMARD_QUANT = tuple(
             **_grid(bits, symmetric, packed),
         },
         _ORDERS[order][-1],
+        units=_rotation_units(x, order, activation),
         **_ROTATED,
     )
     for x, order, activation, bits, symmetric, packed in (
         ("bf16", 1536, "silu", 4, True, True),
         ("bf16", 11008, "silu", 4, True, True),
         ("bf16", 14336, "silu", 8, True, False),
+        ("bf16", 28672, "silu", 4, True, True),
         ("fp16", 4096, "gelu", 4, False, True),
         ("bf16", 4096, "gelu_tanh", 4, True, True),
         ("bf16", 64, "relu", 8, True, False),
@@ -414,6 +432,7 @@ _HEADS = {
     "matrix-128": (128, 128, 128, 1, 0, 32, 8),
     "matrix-256": (256, 256, 256, 1, 0, 16, 8),
 }
+_HEAD_TABLES = {"hadama": "*i8", "matrix": "*fp32"}
 _HEAD_CONSTANTS = ("D", "BASE", "BASE_PAD", "POW2", "LOG_POW2", "BLOCK_R")
 _STRIDES = tuple(f"{x}_{of}_stride" for x in ("q", "k", "v") for of in ("token", "head"))
 KV_APPEND = tuple(
@@ -427,7 +446,7 @@ KV_APPEND = tuple(
             **{f"{t}_codes_ptr": "*u8" for t in ("k", "v")},
             **{f"{t}_scale_ptr": "*fp16" for t in ("k", "v")},
             **{f"{t}_zero_ptr": "*u8" for t in ("k", "v")},
-            "matrix_ptr": "*fp32",
+            "matrix_ptr": f"*{x}" if _HEADS[head][1] == 1 else _HEAD_TABLES[head[:6]],
             **dict.fromkeys(("T", "num_q_heads", "num_kv_heads", "slots"), "i32"),
             **dict.fromkeys((*_STRIDES, "cos_stride", "sin_stride", "matrix_stride"), "i32"),
             "factor": "fp32",
@@ -446,7 +465,6 @@ KV_APPEND = tuple(
         expects=(
             r"div\.rn\.f32",
             r"ld\.global\S*\.v4",
-            *((r"cvt\.rn\.bf16",) if x == "bf16" else ()),
         ),
         # a product with a matrix is FMAs, neither in TF32 nor in lower precision
         forbids=(*_IEEE["forbids"], "mma") if _HEADS[head][1] == 1 else (_NO_FAST_DIVISION, "mma"),
@@ -463,6 +481,67 @@ KV_APPEND = tuple(
     )
 )
 
+
+def _kv_attention(q: str, head_dim: int, bits: int, heads: int, queries: float) -> Config:
+    words, split = head_words(head_dim, bits), queries == 1
+    t = attention_tile(q == "fp32", heads * queries, head_dim, words)
+    parts = {"row_max": "*fp32", "row_sum": "*fp32"}
+    return Config(
+        "kv_attention:kv_attention_kernel",
+        f"{q}-{head_dim}-int{bits}-{heads}-{t.BLOCK_M}x{t.BLOCK_N}" + ("-split" if split else ""),
+        {
+            "q": f"*{q}",
+            **dict.fromkeys(("k_codes", "v_codes"), "*i16"),
+            **dict.fromkeys(("k_scale", "v_scale"), "*fp16"),
+            **dict.fromkeys(("k_zero_point", "v_zero_point"), "*u8"),
+            **dict.fromkeys(("block_table", "seq_lens", "query_start"), "*i32"),
+            **({"out": "*fp32", **parts} if split else {"out": f"*{q}"}),
+            **dict.fromkeys(("T", "B", "P", "num_kv_heads", "split_length"), "i32"),
+            "factor": "fp32",
+        },
+        {
+            **({} if split else dict.fromkeys(parts)),
+            **{"HEAD_DIM": head_dim, "BITS": bits, "PAGE_SIZE": 16},
+            **{"HEADS": heads, "ROWS": heads if split else t.BLOCK_M},
+            **{"BLOCK_M": t.BLOCK_M, "BLOCK_N": t.BLOCK_N, "WORDS": words, "COPIES": t.copies},
+        },
+        t.num_warps,
+        t.num_stages,
+        aligned=("split_length",),
+        units={} if q == "fp32" else _float_units(q, t.BLOCK_M),
+        # two codes an instruction
+        expects=(
+            *((r"fma\.rn\.f32",) if q == "fp32" else ()),
+            *((r"fma\.rn\.b?f16x2",) if bits < 8 and q != "fp32" else ()),
+        ),
+        forbids=(r"mma\S*tf32",),
+    )
+
+
+# fmt: off
+_KV_CALLS = (  # head_dim, bits, query heads of a KV head, queries of a sequence
+    ("bf16", 64, 4, 3, 1), ("fp16", 64, 8, 1, 1), ("bf16", 80, 4, 1, 1), ("fp16", 128, 4, 8, 1),
+    ("bf16", 128, 4, 4, 1), ("bf16", 128, 8, 8, 1), ("fp16", 128, 2, 4, 1), ("fp16", 256, 4, 4, 1),
+    ("bf16", 256, 8, 1, 1), ("fp16", 128, 4, 4, 16), ("bf16", 64, 4, 3, ANY),
+    ("fp16", 80, 8, 1, ANY), ("fp16", 128, 4, 4, ANY), ("bf16", 128, 4, 8, ANY),
+    ("fp16", 256, 4, 4, ANY), ("bf16", 256, 8, 4, ANY), ("fp32", 128, 4, 4, ANY),
+)
+# fmt: on
+KV_ATTENTION = tuple(_kv_attention(*call) for call in _KV_CALLS) + tuple(
+    Config(
+        "kv_attention:combine_kernel",
+        f"combine-{out}-{head_dim}-{splits}",
+        {
+            **{"partial": "*fp32", "row_max": "*fp32", "row_sum": "*fp32", "out": f"*{out}"},
+            **dict.fromkeys(("seq_lens", "query_start"), "*i32"),
+            **dict.fromkeys(("T", "B", "num_q_heads", "split_length"), "i32"),
+        },
+        {"HEAD_DIM": head_dim, "SPLITS": splits, "BLOCK_D": block_d},
+        aligned=("split_length",),
+    )
+    for out, head_dim, block_d, splits in (("bf16", 80, 128, 2), ("fp16", 256, 256, 128))
+)
+
 CONFIGS: dict[str, tuple[Config, ...]] = {  # by op
     "pack": PACK,
     "unpack": UNPACK,
@@ -475,4 +554,5 @@ CONFIGS: dict[str, tuple[Config, ...]] = {  # by op
     "int_gemm": INT_GEMM,
     "weight_only_gemm": WEIGHT_ONLY_GEMM,
     "kv_append": KV_APPEND,
+    "kv_attention": KV_ATTENTION,
 }

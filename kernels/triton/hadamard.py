@@ -3,12 +3,16 @@
 One program per BLOCK_R blocks of order * inner elements, and BLOCK_I of the inner index. The order
 is BASE * POW2 (lowbit.ops.hadamard.split_order), its index b * POW2 + p.
 
-    step 1  over b: x[b, :] comes from memory, once, and row b of the BASE x BASE matrix times it
-            is added to all of y: BASE multiplications an element; a `matrix` is BASE alone
+    step 1  over b: x comes from memory, once, and is multiplied by the BASE x BASE matrix: BASE
+            multiplications an element; a `matrix` is BASE alone
     step 2  over p: butterflies; step k pairs p with p ^ 2^k, viewing y as [..., 2, 2^k * BLOCK_I]
 
-A power of two is bound by memory, 2 bytes in and 2 out an element; a large BASE by step 1. BASE is
-padded to a power of two in y alone.
+Step 1 on matrix units, BLOCK_K of b at a time: a Hadamard matrix is int8 +-1, exact in fp16 and in
+bf16, as x is; what is not 16 bits wide is the sum of three bf16, exact too while it is normal. A
+`matrix` of floats is multiplied row by row on fp32 units, and so are the longest rows.
+
+A power of two is bound by memory, 2 bytes in and 2 out an element; BASE = 344 by step 1 and by the
+matrix, which every row reads anew. BASE is padded to a power of two in y and in the matrix.
 """
 
 import math
@@ -21,9 +25,16 @@ from torch import Tensor
 
 from lowbit.hadamard import factorize, hadamard_matrix
 from lowbit.kernels.common import butterflies, device_of, warps_for
+from lowbit.ops.dispatch import interpreted
 from lowbit.ops.hadamard import split_order
 
 BLOCK = 4096  # numbers a program holds, unless one block alone is longer
+BLOCK_K = tl.constexpr(16)  # the least that tl.dot takes, of b and of all else
+MAX_ON_MATRIX_UNITS = tl.constexpr(
+    16384
+)  # numbers: they leave through shared memory, 99 KB on sm_89
+BF16_BITS = tl.constexpr(-65536)  # the upper half of fp32
+INTERPRETED = tl.constexpr(interpreted())  # it has no bf16 arithmetic: fp32 in it
 
 
 @triton.jit
@@ -58,10 +69,26 @@ def _divided(g, exponent):
 
 
 @triton.jit
+def _add_product(signs, x, y, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
+    """y + signs @ x; x fp32, of numbers that are exact in `dtype` where there is no activation."""
+    whole: tl.constexpr = ACTIVATION == "" and dtype != tl.float32
+    unit: tl.constexpr = tl.float32 if INTERPRETED else (dtype if whole else tl.bfloat16)
+    if whole:
+        y = tl.dot(signs.to(unit), x.to(unit), y)
+    else:
+        for _ in tl.static_range(3):
+            # cut, not rounded: what is finite stays so
+            part = (x.to(tl.int32, bitcast=True) & BF16_BITS).to(tl.float32, bitcast=True)
+            y = tl.dot(signs.to(unit), part.to(unit), y)
+            x = tl.where(part == x, 0.0, x - part)  # 0 also for inf
+    return y
+
+
+@triton.jit
 def rotate(
     x_ptr,
     up_ptr,  # like x, read with an activation
-    matrix_ptr,  # [BASE, BASE_PAD] fp32, its columns padded with 0; not read when BASE is 1
+    matrix_ptr,  # [BASE, BASE_PAD], int8 +-1 or fp32, columns padded with 0; for BASE > 1
     block,  # [BLOCK_R] int64: which blocks of x viewed as [blocks, BASE, POW2, inner]
     block_valid,  # [BLOCK_R]
     first_i,
@@ -82,14 +109,32 @@ def rotate(
     valid = block_valid[:, None] & (i < inner)[None, :]  # [BLOCK_R, PI]
 
     # step 1
+    on_matrix_units: tl.constexpr = (
+        matrix_ptr.dtype.element_ty == tl.int8
+        and BASE_PAD >= BLOCK_K.value
+        and BLOCK_R * PI >= BLOCK_K.value
+        and BASE_PAD * BLOCK_R * PI <= MAX_ON_MATRIX_UNITS.value
+    )
+    columns = tl.arange(0, BASE_PAD)
     if BASE == 1:
         y = _load(x_ptr, up_ptr, at, valid, ACTIVATION)
+    elif on_matrix_units:
+        neighbours = tl.reshape(at, [1, BLOCK_R * PI])
+        there = tl.reshape(valid, [1, BLOCK_R * PI])
+        y = tl.zeros([BASE_PAD, BLOCK_R * PI], tl.float32)
+        for start in range(0, BASE, BLOCK_K):
+            b = start + tl.arange(0, BLOCK_K)
+            mask = there & (b < BASE)[:, None]
+            x = _load(x_ptr, up_ptr, neighbours + b[:, None] * (POW2 * inner), mask, ACTIVATION)
+            signs = matrix_ptr + b[None, :] * BASE_PAD + columns[:, None]
+            signs = tl.load(signs, (b < BASE)[None, :], other=0)
+            y = _add_product(signs, x, y, x_ptr.dtype.element_ty, ACTIVATION)
+        y = tl.permute(tl.reshape(y, [BASE_PAD, BLOCK_R, PI]), [1, 0, 2])
     else:
-        columns = tl.arange(0, BASE_PAD)
         y = tl.zeros([BLOCK_R, BASE_PAD, PI], tl.float32)
         for b in range(BASE):
             x = _load(x_ptr, up_ptr, at + b * (POW2 * inner), valid, ACTIVATION)
-            row = tl.load(matrix_ptr + b * BASE_PAD + columns)
+            row = tl.load(matrix_ptr + b * BASE_PAD + columns).to(tl.float32)
             # also where fusion is off: with +-1 it changes no bit
             row = tl.broadcast_to(row[None, :, None], y.shape)
             y = tl.fma(row, tl.broadcast_to(x[:, None, :], y.shape), y)
@@ -148,9 +193,14 @@ def _base_matrix(order: int, device: torch.device) -> Tensor:
 
 
 def padded(matrix: Tensor) -> Tensor:
-    """fp32, contiguous, columns padded to a power of two."""
+    """Contiguous, columns padded to a power of two."""
     n = len(matrix)
-    return torch.nn.functional.pad(matrix.float(), (0, triton.next_power_of_2(n) - n)).contiguous()
+    return torch.nn.functional.pad(matrix, (0, triton.next_power_of_2(n) - n)).contiguous()
+
+
+def rotation_warps(base: int, elements: int) -> int:
+    """Of a program that holds so many numbers. A dense factor takes more registers a thread."""
+    return warps_for(elements) if base == 1 else min(max(elements // 1024, 4), 16)
 
 
 def rotation_arguments(x: Tensor, order: int, matrix: Tensor | None) -> tuple:
@@ -158,7 +208,7 @@ def rotation_arguments(x: Tensor, order: int, matrix: Tensor | None) -> tuple:
     base, pow2 = split_order(order, matrix)
     factor = 1.0 if matrix is not None else 1 / math.sqrt(order)
     if matrix is not None:
-        table = padded(matrix)
+        table = padded(matrix.float())
     else:
         table = x if base == 1 else _base_matrix(order, x.device)  # x: not read
     return table, factor, base, triton.next_power_of_2(base), pow2, pow2.bit_length() - 1
@@ -188,6 +238,6 @@ def hadamard(x: Tensor, order: int, inner: int, matrix: Tensor | None) -> Tensor
             log_pow2,
             block_r,
             block_i,
-            num_warps=warps_for(size * block_i * block_r),
+            num_warps=rotation_warps(base, size * block_i * block_r),
         )
     return y

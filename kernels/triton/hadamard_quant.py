@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.formats import IntFormat
-from lowbit.kernels.common import device_of, quantize_row, warps_for
-from lowbit.kernels.hadamard import rotate, rotation_arguments
+from lowbit.kernels.common import device_of, quantize_row
+from lowbit.kernels.hadamard import rotate, rotation_arguments, rotation_warps
 from lowbit.ops.quantize import QUANTIZE
 
 
@@ -134,7 +134,7 @@ def rotate_quantize(
                 IntFormat(bits).storage_bits,
                 symmetric,
                 packed,
-                num_warps=warps_for(base_pad * pow2 * block_i * block_r),
+                num_warps=rotation_warps(base, base_pad * pow2 * block_i * block_r),
                 enable_fp_fusion=False,
             )
     return codes, scale, zero

@@ -22,10 +22,13 @@ Unsigned codes that do not fit int8 are moved to it by flipping their top bit, w
 CENTER = 2^(b-1); sum (code - zero) w = sum (code - CENTER) w + (CENTER - zero) sum w, modulo
 2^32. mma.sync saturates, so no partial sum may overflow: 2^7 * 2^7 * LONGEST_TRITON_GROUP < 2^31.
 
+Two-level scales: the int32 sum of a group, times an integer, is added to those of the groups before
+it. Factors of 16 go first: 15 * 8 * 2^7 * K leaves no room for them. fp32 comes after the last one.
+
 Large M is bound by the matrix units, small M by reading w once per BLOCK_M rows. Where M and N
 make too few programs to fill the GPU, K is split: each program stores the int32 sums of its columns
 (M is small there) and a second kernel adds them. Integers, so the number of parts changes no bit of
-y, and it may follow the GPU's size. Sums over groups are fp32 in the contract's order: not split.
+y, and it may follow the GPU's size. fp32 sums over groups are in the contract's order: not split.
 """
 
 import torch
@@ -34,8 +37,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.formats import IntFormat
-from lowbit.kernels.common import device_of, processors_of
-from lowbit.kernels.configs import (
+from lowbit.kernels.common import device_of, expand_nibbles, flip_top_bits, processors_of
+from lowbit.kernels.tiles import (
     ADD_PARTS_BLOCK_N,
     INT_GEMM_GROUPED_TILES,
     INT_GEMM_TILES,
@@ -43,43 +46,6 @@ from lowbit.kernels.configs import (
     SPLIT_K_MIN_COLUMNS,
     SPLIT_K_PROGRAMS,
 )
-from lowbit.ops.dispatch import interpreted
-
-INTERPRETED = tl.constexpr(interpreted())  # no inline assembly; the same arithmetic in tl instead
-
-
-@triton.jit
-def expand_nibbles(t):
-    """int8 [R, 2C] of packed int8 [R, C]: 16 times the signed nibbles, in their order."""
-    if INTERPRETED:
-        low, high = t << 4, t & -16
-    else:  # one instruction for four bytes: compiled from tl, each byte is taken out and put back
-        low, high = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shl.b32 t, $2, 4; "
-            "and.b32 $0, t, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }",
-            "=&r,=r,r",
-            [t],
-            dtype=(tl.int8, tl.int8),
-            is_pure=True,
-            pack=4,
-        )
-    return tl.reshape(tl.join(low, high), [t.shape[0], 2 * t.shape[1]])
-
-
-@triton.jit
-def flip_top_bits(t, NIBBLES: tl.constexpr):
-    """t with the top bit of every byte, or of every nibble, flipped."""
-    if INTERPRETED:
-        flipped = t ^ (-120 if NIBBLES else -128)  # 0x88, 0x80
-    elif NIBBLES:
-        flipped = tl.inline_asm_elementwise(
-            "xor.b32 $0, $1, 0x88888888;", "=r,r", [t], dtype=tl.int8, is_pure=True, pack=4
-        )
-    else:
-        flipped = tl.inline_asm_elementwise(
-            "xor.b32 $0, $1, 0x80808080;", "=r,r", [t], dtype=tl.int8, is_pure=True, pack=4
-        )
-    return flipped
 
 
 @triton.jit
@@ -122,6 +88,45 @@ def add_columns(
 
 
 @triton.jit
+def sum_columns(
+    x_rows,
+    w_rows,
+    x_valid,
+    w_valid,
+    shift,
+    first,
+    last,
+    K,
+    X_BITS: tl.constexpr,
+    X_NIBBLES: tl.constexpr,
+    W_NIBBLES: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """int32 [BLOCK_M, BLOCK_N]: sums over GROUP columns from `first`; 0: all before `last`."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    w_sum = tl.zeros([BLOCK_N], tl.int32)
+    if GROUP == 0:
+        for start in range(first, last, BLOCK_K):
+            acc, w_sum = add_columns(
+                acc, w_sum, x_rows, w_rows, x_valid, w_valid, start, K,
+                X_BITS, X_NIBBLES, W_NIBBLES, HAS_ZERO_POINT, BLOCK_K,
+            )  # fmt: skip
+    else:
+        for step in tl.static_range(GROUP // BLOCK_K):
+            acc, w_sum = add_columns(
+                acc, w_sum, x_rows, w_rows, x_valid, w_valid, first + step * BLOCK_K, K,
+                X_BITS, X_NIBBLES, W_NIBBLES, HAS_ZERO_POINT, BLOCK_K,
+            )  # fmt: skip
+    if HAS_ZERO_POINT:
+        acc += shift[:, None] * w_sum[None, :]
+    return acc >> ((4 if X_NIBBLES else 0) + (4 if W_NIBBLES else 0))
+
+
+@triton.jit
 def store_scaled(out, x_scale, bias, y, m, n, M, N):
     """y at rows m and columns n: out [BLOCK_M, BLOCK_N] fp32 times x_scale, plus bias."""
     m_valid, n_valid = m < M, n < N
@@ -133,12 +138,20 @@ def store_scaled(out, x_scale, bias, y, m, n, M, N):
 
 
 @triton.jit
+def store_sums(acc, w_scale, x_scale, bias, y, m, n, M, N):
+    """y at rows m and columns n: acc [BLOCK_M, BLOCK_N] int32 times both scales, plus bias."""
+    scale = tl.load(w_scale + n, mask=n < N, other=0.0).to(tl.float32)
+    store_scaled(acc.to(tl.float32) * scale[None, :], x_scale, bias, y, m, n, M, N)
+
+
+@triton.jit
 def int_gemm_kernel(
     x,  # [M, K] or [M, K / 2] bytes
     x_scale,  # [M]
     x_zero_point,  # [M] or None
     w,  # [N, K] or [N, K / 2] bytes
-    w_scale,  # [N, G]
+    w_group_scale,  # [N, G] uint8: two-level scales; or None
+    w_scale,  # [N, G], or [N] with w_group_scale
     bias,  # [N] or None
     y,  # [M, N]
     parts,  # [number of parts, M, N] int32, or None: K is not split
@@ -149,14 +162,12 @@ def int_gemm_kernel(
     X_BITS: tl.constexpr,
     X_NIBBLES: tl.constexpr,  # two codes a byte
     W_NIBBLES: tl.constexpr,
-    GROUP: tl.constexpr,  # elements of a row that share a w_scale; 0: all K
+    GROUP: tl.constexpr,  # elements of a row that share a scale; 0: all K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     HAS_ZERO_POINT: tl.constexpr = x_zero_point is not None
-    X_FACTOR: tl.constexpr = 16 if X_NIBBLES else 1
-    SHIFT: tl.constexpr = (4 if X_NIBBLES else 0) + (4 if W_NIBBLES else 0)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_valid, n_valid = m < M, n < N
@@ -167,42 +178,41 @@ def int_gemm_kernel(
     if HAS_ZERO_POINT:
         CENTER: tl.constexpr = 8 if X_NIBBLES else (128 if X_BITS == 8 else 0)
         zero_point = tl.load(x_zero_point + m, mask=m_valid, other=0).to(tl.int32)
-        shift = (CENTER - zero_point) * X_FACTOR
+        shift = (CENTER - zero_point) * (16 if X_NIBBLES else 1)
 
-    if GROUP == 0:
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-        w_sum = tl.zeros([BLOCK_N], tl.int32)
-        part = tl.program_id(2)
-        for start in range(part * columns, tl.minimum((part + 1) * columns, K), BLOCK_K):
-            acc, w_sum = add_columns(
-                acc, w_sum, x_rows, w_rows, m_valid, n_valid, start, K,
-                X_BITS, X_NIBBLES, W_NIBBLES, HAS_ZERO_POINT, BLOCK_K,
+    part = tl.program_id(2)
+    first, last = part * columns, tl.minimum((part + 1) * columns, K)
+    if GROUP != 0 and w_group_scale is None:
+        out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for g in range(0, K // GROUP):
+            acc = sum_columns(
+                x_rows, w_rows, m_valid, n_valid, shift, g * GROUP, K, K, X_BITS, X_NIBBLES,
+                W_NIBBLES, HAS_ZERO_POINT, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-        if HAS_ZERO_POINT:
-            acc += shift[:, None] * w_sum[None, :]
+            at = n.to(tl.int64) * (K // GROUP) + g
+            scale = tl.load(w_scale + at, mask=n_valid, other=0.0).to(tl.float32)
+            out += acc.to(tl.float32) * scale[None, :]
+        store_scaled(out, x_scale, bias, y, m, n, M, N)
+    else:
+        if GROUP == 0:
+            acc = sum_columns(
+                x_rows, w_rows, m_valid, n_valid, shift, first, last, K, X_BITS, X_NIBBLES,
+                W_NIBBLES, HAS_ZERO_POINT, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+            for g in range(first // GROUP, last // GROUP):  # the groups that end in this part
+                at = n.to(tl.int64) * (K // GROUP) + g
+                scale = tl.load(w_group_scale + at, mask=n_valid, other=0).to(tl.int32)
+                acc += scale[None, :] * sum_columns(
+                    x_rows, w_rows, m_valid, n_valid, shift, g * GROUP, K, K, X_BITS, X_NIBBLES,
+                    W_NIBBLES, HAS_ZERO_POINT, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
         if parts is not None:
             at = (part * M + m)[:, None] * N + n[None, :]  # M is small: fits int32
             tl.store(parts + at, acc, mask=m_valid[:, None] & n_valid[None, :])
         else:
-            scale = tl.load(w_scale + n, mask=n_valid, other=0.0).to(tl.float32)
-            out = (acc >> SHIFT).to(tl.float32) * scale[None, :]
-            store_scaled(out, x_scale, bias, y, m, n, M, N)
-    else:
-        out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        G = K // GROUP
-        for g in range(0, G):
-            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-            w_sum = tl.zeros([BLOCK_N], tl.int32)
-            for part in tl.static_range(GROUP // BLOCK_K):
-                acc, w_sum = add_columns(
-                    acc, w_sum, x_rows, w_rows, m_valid, n_valid, g * GROUP + part * BLOCK_K, K,
-                    X_BITS, X_NIBBLES, W_NIBBLES, HAS_ZERO_POINT, BLOCK_K,
-                )  # fmt: skip
-            if HAS_ZERO_POINT:
-                acc += shift[:, None] * w_sum[None, :]
-            scale = tl.load(w_scale + n.to(tl.int64) * G + g, mask=n_valid, other=0.0)
-            out += (acc >> SHIFT).to(tl.float32) * scale.to(tl.float32)[None, :]
-        store_scaled(out, x_scale, bias, y, m, n, M, N)
+            store_sums(acc, w_scale, x_scale, bias, y, m, n, M, N)
 
 
 @triton.jit
@@ -215,7 +225,6 @@ def add_parts_kernel(
     M,
     N,
     number,
-    SHIFT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One row and BLOCK_N columns of y."""
@@ -225,9 +234,7 @@ def add_parts_kernel(
     for part in range(0, number):
         at = (part * M + m)[:, None] * N + n[None, :]
         acc += tl.load(parts + at, mask=(n < N)[None, :], other=0)
-    scale = tl.load(w_scale + n, mask=n < N, other=0.0).to(tl.float32)
-    out = (acc >> SHIFT).to(tl.float32) * scale[None, :]
-    store_scaled(out, x_scale, bias, y, m, n, M, N)
+    store_sums(acc, w_scale, x_scale, bias, y, m, n, M, N)
 
 
 def columns_of_a_part(K: int, tiles: int, block_k: int, device: torch.device) -> int:
@@ -248,6 +255,7 @@ def int_gemm(
     x_packed: bool,
     w_bits: int,
     out_dtype: torch.dtype,
+    w_channel_scale: Tensor | None = None,
 ) -> Tensor:
     x_nibbles = x_packed and IntFormat(x_bits).storage_bits == 4
     w_nibbles = IntFormat(w_bits).storage_bits == 4
@@ -256,13 +264,15 @@ def int_gemm(
     if y.numel() == 0:
         return y
     G = w_scale.shape[1]
-    group = 0 if G == 1 else K // G
+    two_level = w_channel_scale is not None
+    group = K // G if G > 1 or two_level else 0
+    w_group_scale, w_scale = (w_scale, w_channel_scale) if two_level else (None, w_scale)
     tiles = INT_GEMM_GROUPED_TILES if group else INT_GEMM_TILES
     tile = next(t for t in tiles if M <= t.max_M and N <= t.max_N)
     block_k = min(tile.BLOCK_K, group or tile.BLOCK_K)
     row_tiles, column_tiles = triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)
     columns = K
-    if not group and M <= SPLIT_K_MAX_M:
+    if (not group or two_level) and M <= SPLIT_K_MAX_M:
         columns = columns_of_a_part(K, row_tiles * column_tiles, block_k, y.device)
     number = triton.cdiv(K, columns)
     parts = None if number == 1 else y.new_empty((number, M, N), dtype=torch.int32)
@@ -274,37 +284,15 @@ def int_gemm(
             x_scale,
             None if x_zero_point is None else x_zero_point.contiguous(),
             w_codes.contiguous().view(torch.int8),
-            w_scale,
-            bias,
-            y,
-            parts,
-            M,
-            N,
-            K,
-            columns,
-            X_BITS=x_bits,
-            X_NIBBLES=x_nibbles,
-            W_NIBBLES=w_nibbles,
-            GROUP=group,
-            BLOCK_M=tile.BLOCK_M,
-            BLOCK_N=tile.BLOCK_N,
-            BLOCK_K=block_k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
-        )
+            None if w_group_scale is None else w_group_scale.contiguous(),
+            w_scale, bias, y, parts, M, N, K, columns,
+            X_BITS=x_bits, X_NIBBLES=x_nibbles, W_NIBBLES=w_nibbles, GROUP=group,
+            BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=block_k,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
+        )  # fmt: skip
         if parts is not None:
             add_parts_kernel[M, triton.cdiv(N, ADD_PARTS_BLOCK_N)](
-                parts,
-                x_scale,
-                w_scale,
-                bias,
-                y,
-                M,
-                N,
-                number,
-                SHIFT=4 * (x_nibbles + w_nibbles),
-                BLOCK_N=ADD_PARTS_BLOCK_N,
-                enable_fp_fusion=False,
-            )
+                parts, x_scale, w_scale, bias, y, M, N, number,
+                BLOCK_N=ADD_PARTS_BLOCK_N, enable_fp_fusion=False,
+            )  # fmt: skip
     return y

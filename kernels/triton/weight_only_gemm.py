@@ -11,8 +11,7 @@ One program computes a BLOCK_M x BLOCK_N tile of y, or BLOCK_N numbers of it whe
 4. The sum times w_scale in fp32, so that no weight is ever narrowed to x's dtype. (The GEMV has no
    use for the matrix units, and with groups multiplies each number by w_scale at once.)
 
-The contract multiplies by w_scale before summing: here sums of |x| * 2^b near fp32's largest, 3e38,
-are inf already. Large M is bound by the matrix units and by step 2, M = 1 by reading w. fp32 x runs
+Large M is bound by the matrix units and by step 2, M = 1 by reading w. fp32 x runs
 on fp32 units, as TF32 would round it. Eight codes of 3 bits are three bytes, loaded one by one.
 """
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from lowbit.formats import IntFormat
 from lowbit.kernels.common import device_of
-from lowbit.kernels.configs import WEIGHT_ONLY_FP32_TILES, WEIGHT_ONLY_TILES
+from lowbit.kernels.tiles import WEIGHT_ONLY_FP32_TILES, WEIGHT_ONLY_TILES
 from lowbit.ops.dispatch import interpreted
 
 INTERPRETED = tl.constexpr(interpreted())  # it has no bf16 arithmetic: everything is fp32 in it

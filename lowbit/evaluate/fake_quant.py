@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lowbit.errors import InputError
-from lowbit.formats import MIN_SCALE, IntFormat, Layout
+from lowbit.formats import GROUP_SCALE_MAX, MIN_SCALE, IntFormat, Layout
 from lowbit.nn.attention import PROJECTIONS, QuantAttention
 from lowbit.nn.linear import QuantLinear, rotation_matrix
 from lowbit.nn.mlp import QuantMLP
@@ -71,7 +71,8 @@ class FakeQuantLinear(nn.Module):
     """A linear layer in fp32 over the numbers that a QuantLinear's codes stand for.
 
     weight  fp32 [N, K]: dequantized where the input is not quantized, else the codes alone, which
-            `scale` [N, G] then multiplies outside the sum over each group
+            `scale` [N, G] then multiplies outside the sum over each group. Of two-level scales the
+            integers multiply the codes: `scale` is [N, 1]
     """
 
     def __init__(self, linear: QuantLinear):
@@ -83,9 +84,13 @@ class FakeQuantLinear(nn.Module):
         if self.activation_format is None:
             weight, self.scale = dequantize(packed, torch.float32), None
         else:
-            weight = to_layout(packed, Layout.BYTES).codes.float()
-            self.scale = nn.Buffer(packed.scale.detach().float())
+            weight, scale = to_layout(packed, Layout.BYTES).codes.float(), packed.scale
             largest = 2.0 ** (packed.format.bits - 1 + self.activation_format.bits)
+            if packed.format.two_level:
+                groups = weight.unflatten(1, (scale.shape[1], -1))
+                weight, scale = (groups * scale.unsqueeze(-1)).flatten(1), packed.channel_scale
+                largest *= GROUP_SCALE_MAX
+            self.scale = nn.Buffer(scale.detach().float())
             exact = largest * self.in_features <= EXACT_FP32
             self.sum_dtype = torch.float32 if exact else torch.float64
         self.weight = nn.Parameter(weight, requires_grad=False)

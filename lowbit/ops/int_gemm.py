@@ -6,25 +6,44 @@
 acc is exact. y is fp32 arithmetic, groups added in ascending order, and is narrowed to out_dtype
 once. Weights are symmetric; x_zero is 0 for symmetric activations.
 
+With w_channel_scale the scales have two levels, w_scale is an integer and so is the sum over groups
+(QServe's progressive groups, arXiv 2405.04532, section 4.1):
+
+    acc[m, n]    = sum over g of w_scale[n, g] * acc[m, n, g]                              int32
+    y[m, n]      = acc[m, n] * w_channel_scale[n] * x_scale[m] + bias[n]                   fp32
+
     x_codes       [M, K]             int8 (symmetric) or uint8 (asymmetric) codes of x_bits, or
                   [M, K * sb / 8]    uint8 when x_packed, sb = storage bits of x_bits
     x_scale       [M, 1]             fp32
     x_zero_point  [M, 1]             uint8; None: symmetric
     w_codes       [N, K * sb / 8]    uint8, ROW_MAJOR, symmetric codes of w_bits (docs/formats.md)
-    w_scale       [N, G]             fp32 or fp16, G = K / group_size; 1: per output channel
+    w_scale       [N, G]             fp32 or fp16, G = K / group_size; 1: per output channel;
+                                     uint8, 1..15, with w_channel_scale
     bias          [N]                any float, or None
     y             [M, N]             out_dtype: fp32, fp16 or bf16
-    bits          2..8 on both sides
+    bits          2..8 on both sides; w_bits 2..4 with w_channel_scale
+    w_channel_scale  [N, 1]          fp32; None: w_scale is all there is
 
 acc must not overflow: K / G * 2^(w_bits - 1) * X <= 2^31 - 1, where X = 2^(x_bits - 1) for
 symmetric and 2^x_bits - 1 for asymmetric activations. At 8 x 8 bits that is K / G <= 131071 and
-65793. y overflows to inf as its dtype does.
+65793. With w_channel_scale: K * 15 * 2^(w_bits - 1) * X <= 2^31 - 1; at 4 x 8 bits K <= 139810 and
+70179. w_scale * w_code then fits int8: kernels may apply w_scale to the weights or to the sums.
+y overflows to inf as its dtype does.
 """
 
 import torch
 from torch import Tensor
 
-from lowbit.formats import GROUP_SIZES, MAX_BITS, MIN_BITS, IntFormat, Layout, PackedTensor
+from lowbit.formats import (
+    GROUP_SCALE_MAX,
+    GROUP_SIZES,
+    MAX_BITS,
+    MIN_BITS,
+    TWO_LEVEL_MAX_BITS,
+    IntFormat,
+    Layout,
+    PackedTensor,
+)
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.pack import UNPACK
 from lowbit.ops.quantize import SCALE_DTYPES, check_float
@@ -35,10 +54,13 @@ LONGEST_TRITON_GROUP = LARGEST_ACC // (128 * 255)  # it sums 16 * nibble like 8-
 ROW_CHUNK = 512  # rows at a time in the reference: their sums stay in the CPU's cache
 
 
-def check_weight(op: str, K: int, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, bits: int):
+def check_weight(
+    op: str, K: int, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, bits: int, levels: int
+):
     """The checks of a ROW_MAJOR weight [N, K] that every GEMM shares."""
-    if not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"{op}: w_bits must be in {MIN_BITS}..{MAX_BITS}, got {bits}")
+    max_bits = TWO_LEVEL_MAX_BITS if levels == 2 else MAX_BITS
+    if not MIN_BITS <= bits <= max_bits:
+        raise ValueError(f"{op}: w_bits must be in {MIN_BITS}..{max_bits}, got {bits}")
     row_bits = K * IntFormat(bits).storage_bits
     if w_codes.dtype != torch.uint8 or w_codes.dim() != 2 or w_codes.shape[1] * 8 != row_bits:
         raise ValueError(
@@ -46,8 +68,9 @@ def check_weight(op: str, K: int, w_codes: Tensor, w_scale: Tensor, bias: Tensor
             f"got {w_codes.dtype} {tuple(w_codes.shape)}"
         )
     N = w_codes.shape[0]
-    if w_scale.dtype not in SCALE_DTYPES:
-        raise ValueError(f"{op}: w_scale must be fp32 or fp16, got {w_scale.dtype}")
+    if w_scale.dtype not in ((torch.uint8,) if levels == 2 else SCALE_DTYPES):
+        expected = "uint8, as w_channel_scale is given" if levels == 2 else "fp32 or fp16"
+        raise ValueError(f"{op}: w_scale must be {expected}, got {w_scale.dtype}")
     if w_scale.dim() != 2 or w_scale.shape[0] != N or not w_scale.shape[1] or K % w_scale.shape[1]:
         raise ValueError(
             f"{op}: w_scale must have shape [{N}, G] with G dividing {K}, "
@@ -70,6 +93,7 @@ def _check(
     x_packed: bool,
     w_bits: int,
     out_dtype: torch.dtype,
+    w_channel_scale: Tensor | None = None,
 ):
     if not MIN_BITS <= x_bits <= MAX_BITS:
         raise ValueError(f"int_gemm: x_bits must be in {MIN_BITS}..{MAX_BITS}, got {x_bits}")
@@ -93,20 +117,25 @@ def _check(
             f"got {x_zero_point.dtype} {tuple(x_zero_point.shape)}"
         )
     K = row * 8 // grid.storage_bits if x_packed else row
-    check_weight("int_gemm", K, w_codes, w_scale, bias, w_bits)
-    largest = _largest_centered(grid) * -IntFormat(w_bits).qmin
-    if K // w_scale.shape[1] * largest > LARGEST_ACC:
+    two_level = w_channel_scale is not None
+    check_weight("int_gemm", K, w_codes, w_scale, bias, w_bits, 2 if two_level else 1)
+    largest = max(-grid.qmin, grid.qmax) * -IntFormat(w_bits).qmin  # |(code - zero_point) * code|
+    length = K // w_scale.shape[1]
+    if two_level:
+        N = w_codes.shape[0]
+        if w_channel_scale.dtype != torch.float32 or w_channel_scale.shape != (N, 1):
+            raise ValueError(
+                f"int_gemm: w_channel_scale must be fp32 [{N}, 1], "
+                f"got {w_channel_scale.dtype} {tuple(w_channel_scale.shape)}"
+            )
+        largest, length = GROUP_SCALE_MAX * largest, K
+    if length * largest > LARGEST_ACC:
         raise ValueError(
             f"int_gemm: int32 sums of {x_bits} x {w_bits} bits overflow past "
-            f"{LARGEST_ACC // largest} elements a group, got {K // w_scale.shape[1]}"
+            f"{LARGEST_ACC // largest} elements a {'row' if two_level else 'group'}, got {length}"
         )
     if out_dtype not in OUT_DTYPES:
         raise ValueError(f"int_gemm: out_dtype must be fp32, fp16 or bf16, got {out_dtype}")
-
-
-def _largest_centered(grid: IntFormat) -> int:
-    """The largest |code - zero_point|."""
-    return -grid.qmin if grid.symmetric else grid.qmax
 
 
 def _has_int8_dot() -> bool:
@@ -139,6 +168,7 @@ def _reference(
     x_packed: bool,
     w_bits: int,
     out_dtype: torch.dtype,
+    w_channel_scale: Tensor | None = None,
 ) -> Tensor:
     x, shift = x_codes, None
     if x_packed:
@@ -147,6 +177,10 @@ def _reference(
         x = x.bitwise_xor(128).view(torch.int8)
         shift = 128 - x_zero_point.to(torch.int32)  # [M, 1]
     w = UNPACK.reference(w_codes, IntFormat(w_bits).storage_bits, True)
+    if w_channel_scale is not None:
+        groups = w.unflatten(1, (w_scale.shape[1], -1))
+        w = (groups * w_scale.to(torch.int8).unsqueeze(-1)).flatten(1)  # at most 8 * 15: fits int8
+        w_scale = w_channel_scale
     y = x.new_empty((x.shape[0], w.shape[0]), dtype=out_dtype)
     for start in range(0, x.shape[0], ROW_CHUNK):
         rows = slice(start, start + ROW_CHUNK)
@@ -181,6 +215,7 @@ def _fake(
     x_packed: bool,
     w_bits: int,
     out_dtype: torch.dtype,
+    w_channel_scale: Tensor | None = None,
 ) -> Tensor:
     return x_codes.new_empty((x_codes.shape[0], w_codes.shape[0]), dtype=out_dtype)
 
@@ -188,17 +223,18 @@ def _fake(
 def _why_not_triton(*args) -> str | None:
     if not args:
         return why_not_triton()
-    x_codes, *_, w_scale, _, x_bits, x_packed, w_bits, _ = args
+    x_codes, w_scale, x_bits, x_packed, w_bits = args[0], args[4], *args[6:9]
+    two_level = len(args) > 10 and args[10] is not None
     for name, bits in {"x": x_bits if x_packed else 8, "w": w_bits}.items():
         if IntFormat(bits).storage_bits not in (4, 8):
             return f"the Triton kernel reads codes packed in 4 or 8 bits, {name}_bits is {bits}"
     K = x_codes.shape[1] * 8 // (IntFormat(x_bits).storage_bits if x_packed else 8)
     G = w_scale.shape[1]
-    if G > 1 and K // G not in GROUP_SIZES:
+    if (G > 1 or two_level) and K // G not in GROUP_SIZES:
         return f"the Triton kernel takes groups of {GROUP_SIZES} or one a row, got {K // G}"
     if K // G > LONGEST_TRITON_GROUP:
         return f"the Triton kernel sums up to {LONGEST_TRITON_GROUP} elements, got {K // G}"
-    return why_not_triton(*args[:6])
+    return why_not_triton(*args[:6], *args[10:])
 
 
 def _why_not_cuda(*_args) -> str:
@@ -254,6 +290,7 @@ def int_gemm(
         x.layout is Layout.ROW_MAJOR,
         w.format.bits,
         out_dtype,
+        w.channel_scale,
         backend=backend,
     )
     return y.view(*x.shape[:-1], w.shape[0])

@@ -28,10 +28,12 @@ sees it gets nan; what earlier queries of that sequence get is not specified.
 import torch
 from torch import Tensor
 
-from lowbit.ops.dispatch import Backend, Op
+from lowbit.formats import IntFormat
+from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.kv_append import KVPages, check_cache
 from lowbit.ops.quantize import DEQUANTIZE, compute_dtype
 
+LARGEST_TRITON_HEAD = 256
 QUERY_CHUNK = 64  # queries of one softmax: scores stay in the CPU's cache, and small at any length
 
 
@@ -137,15 +139,32 @@ def _fake(q: Tensor, *_rest) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _why_not_triton(*_args) -> str:
-    return "no Triton kernel for kv_attention yet"
+def _why_not_triton(*args) -> str | None:
+    if not args:
+        return why_not_triton()
+    *tensors, bits, _ = args
+    q = tensors[0]
+    if q.dtype == torch.float64:
+        return "the Triton kernel computes in fp32, q is fp64"
+    if IntFormat(bits).storage_bits == 3:
+        return "the Triton kernel reads codes packed in 2, 4 or 8 bits, bits is 3"
+    head_dim, row_bytes = q.shape[2], tensors[1].shape[3]
+    if head_dim > LARGEST_TRITON_HEAD or row_bytes % 2:
+        return (
+            f"the Triton kernel takes a head_dim up to {LARGEST_TRITON_HEAD} whose codes are whole "
+            f"16-bit words, got {head_dim} of {bits} bits"
+        )
+    return why_not_triton(*tensors)
 
 
 def _why_not_cuda(*_args) -> str:
     return "no CUDA kernel for kv_attention yet"
 
 
-_BACKENDS = {"cuda": Backend(_why_not_cuda), "triton": Backend(_why_not_triton)}
+_BACKENDS = {
+    "cuda": Backend(_why_not_cuda),
+    "triton": Backend(_why_not_triton, "lowbit.kernels.kv_attention:kv_attention"),
+}
 KV_ATTENTION = Op("kv_attention", _check, _reference, _fake, _BACKENDS)
 
 

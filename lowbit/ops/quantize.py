@@ -8,7 +8,7 @@ With amax, lo, hi taken over a group and every step in fp32 (fp64 for fp64 x):
                  scale = (hi - lo) / (2^b - 1)
                  zero_point = clamp(round(-lo / scale), 0, 2^b - 1)
                  code  = clamp(round(x / scale) + zero_point, 0, 2^b - 1)
-    dequantize   (code - zero_point) * scale
+    dequantize   (code - zero_point) * scale; with two-level scales (code * scale) * channel_scale
 
 scale is clamped to [MIN_SCALE, largest finite of scale_dtype] and rounded to scale_dtype *before*
 it is used; division is IEEE, round is half to even. A group with a non-finite element gets scale
@@ -275,16 +275,11 @@ def quantize(
     backend: str | None = None,
 ) -> PackedTensor:
     """x on the integer grid of `format`; the contract is this module's docstring."""
-    outputs = QUANTIZE(
-        x,
-        format.bits,
-        format.group_size or 0,
-        format.symmetric,
-        clip,
-        layout is Layout.ROW_MAJOR,
-        scale_dtype,
-        backend=backend,
-    )
+    if format.two_level:
+        raise ValueError("quantize: format must have one level of scales, got two: RTN makes them")
+    packed = layout is Layout.ROW_MAJOR
+    grid = (format.bits, format.group_size or 0, format.symmetric, clip, packed, scale_dtype)
+    outputs = QUANTIZE(x, *grid, backend=backend)
     return as_packed_tensor(*outputs, format, layout, x.shape)
 
 
@@ -292,5 +287,9 @@ def dequantize(
     t: PackedTensor, dtype: torch.dtype = torch.float32, backend: str | None = None
 ) -> Tensor:
     """The numbers a PackedTensor stands for, [..., K]; the contract is this module's docstring."""
-    packed = t.layout is Layout.ROW_MAJOR
-    return DEQUANTIZE(t.codes, t.scale, t.zero_point, t.format.bits, packed, dtype, backend=backend)
+    grid = (t.format.bits, t.layout is Layout.ROW_MAJOR)
+    if t.channel_scale is None:
+        return DEQUANTIZE(t.codes, t.scale, t.zero_point, *grid, dtype, backend=backend)
+    compute = torch.promote_types(dtype, torch.float32)
+    steps = DEQUANTIZE(t.codes, t.scale.float(), None, *grid, compute, backend=backend)
+    return (steps * t.channel_scale).to(dtype)

@@ -3,6 +3,9 @@
 W[n, k] = (w_code[n, k] - w_zero[n, g]) * w_scale[n, g]        g the group of k, in fp32
 y[m, n] = sum over k of x[m, k] * W[n, k] + bias[n]            in fp32, narrowed once
 
+Sums run in any order, and w_scale may be taken out of the sum of its group: numbers that overflow
+only on the way, near fp32's largest, may come out as inf or nan.
+
 x             [M, K]             fp32, fp16 or bf16 (fp64: all arithmetic in fp64)
 w_codes       [N, K * sb / 8]    uint8, ROW_MAJOR codes of w_bits (docs/formats.md)
 w_scale       [N, G]             fp32 or fp16, G = K / group_size; 1: per output channel
@@ -32,7 +35,7 @@ def _check(
     check_float("weight_only_gemm", "x", x)
     if x.dim() != 2:
         raise ValueError(f"weight_only_gemm: x must have shape [M, K], got {tuple(x.shape)}")
-    check_weight("weight_only_gemm", x.shape[1], w_codes, w_scale, bias, w_bits)
+    check_weight("weight_only_gemm", x.shape[1], w_codes, w_scale, bias, w_bits, 1)
     if w_zero_point is not None and (
         w_zero_point.dtype != torch.uint8 or w_zero_point.shape != w_scale.shape
     ):
@@ -97,6 +100,11 @@ def weight_only_gemm(
 ) -> Tensor:
     """x [..., K] times w [N, K]: [..., N] in x.dtype. The contract is this module's docstring."""
     check_operands("weight_only_gemm", x, w)
+    if w.format.two_level:
+        raise ValueError(
+            "weight_only_gemm: w must have one level of scales, got two: integer group scales are "
+            "for the int32 sums of int_gemm"
+        )
     y = WEIGHT_ONLY_GEMM(
         x.reshape(-1, x.shape[-1]),
         w.codes,

@@ -43,7 +43,7 @@ class GPTQ:
         dead = hessian.diagonal() == 0  # inputs never seen: their weights do not matter
         diagonal = hessian.diagonal().masked_fill(dead, 1.0)
         weight = weight.masked_fill(dead, 0.0)
-        scale, zero_point = weight_grid(weight, format, self.clip_search)
+        grid = weight_grid(weight, format, self.clip_search)
 
         order = torch.arange(weight.shape[1], device=weight.device)
         if self.act_order:
@@ -54,11 +54,11 @@ class GPTQ:
             return packed, {"damp": None}
 
         group = order // (format.group_size or weight.shape[1])  # of each swept column
-        column_scale = scale.float()[:, group]
-        column_zero = None if zero_point is None else zero_point[:, group]
+        column_step = grid.step[:, group]
+        column_zero = None if grid.zero_point is None else grid.zero_point[:, group]
         codes = torch.empty_like(weight)
-        codes[:, order] = _sweep(weight[:, order], upper, column_scale, column_zero, format)
-        return packed_weight(codes, scale, zero_point, format), {"damp": damp}
+        codes[:, order] = _sweep(weight[:, order], upper, column_step, column_zero, format)
+        return packed_weight(codes, grid, format), {"damp": damp}
 
     def _inverse_factor(
         self, hessian: Tensor, diagonal: Tensor

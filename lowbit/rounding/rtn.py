@@ -6,15 +6,14 @@ from torch import Tensor
 
 from lowbit.formats import IntFormat, Layout, PackedTensor
 from lowbit.ops.pack import to_layout
-from lowbit.rounding.grid import codes_on_grid, weight_grid
+from lowbit.rounding.grid import WeightGrid, codes_on_grid, weight_grid
 
 
-def packed_weight(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, format: IntFormat
-) -> PackedTensor:
+def packed_weight(codes: Tensor, grid: WeightGrid, format: IntFormat) -> PackedTensor:
     """The canonical PackedTensor of integer-valued codes [N, K] of any dtype."""
     codes = codes.to(format.code_dtype)
-    t = PackedTensor(codes, scale, zero_point, format, Layout.BYTES, codes.shape)
+    scale, zero_point, channel_scale = grid
+    t = PackedTensor(codes, scale, zero_point, format, Layout.BYTES, codes.shape, channel_scale)
     return to_layout(t, Layout.ROW_MAJOR)
 
 
@@ -30,6 +29,6 @@ class RTN:
         self, weight: Tensor, format: IntFormat, hessian: Tensor | None = None
     ) -> tuple[PackedTensor, dict]:
         """weight [N, K] fp32 -> the packed weight and an empty report."""
-        scale, zero_point = weight_grid(weight, format, self.clip_search)
-        codes = codes_on_grid(weight, scale, zero_point, format)
-        return packed_weight(codes, scale, zero_point, format), {}
+        grid = weight_grid(weight, format, self.clip_search)
+        codes = codes_on_grid(weight, grid.step, grid.zero_point, format)
+        return packed_weight(codes, grid, format), {}
