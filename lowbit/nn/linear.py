@@ -3,7 +3,8 @@
     y = int_gemm(quantize(rotate(x)), W) + bias      activation_format given
     y = weight_only_gemm(rotate(x), W) + bias        activation_format None
 
-State dict: codes, scale, zero_point (asymmetric weights only), bias; canonical layout.
+State dict: codes, scale, zero_point (asymmetric weights only), channel_scale (two-level scales
+only), bias; canonical layout.
 """
 
 from functools import cache
@@ -17,9 +18,14 @@ from lowbit.ops import hadamard, hadamard_quant, int_gemm, quantize, to_layout, 
 from lowbit.transforms.online import OnlineTransform
 
 
-@cache
+@torch.compiler.assume_constant_result  # a compiled model holds it and does not make it anew
 def rotation_matrix(transform: OnlineTransform, device: torch.device) -> Tensor | None:
     """transform.matrix on `device`, shared by all layers: it is neither saved nor moved."""
+    return _cached_matrix(transform, device)
+
+
+@cache
+def _cached_matrix(transform: OnlineTransform, device: torch.device) -> Tensor | None:
     matrix = transform.matrix
     return None if matrix is None else matrix.to(device)
 
@@ -66,6 +72,7 @@ class QuantLinear(nn.Module):
         self.codes = empty(row_bytes, torch.uint8)
         self.scale = empty(groups, weight_format.weight_scale_dtype)
         self.zero_point = None if weight_format.symmetric else empty(groups, torch.uint8)
+        self.channel_scale = empty(1, torch.float32) if weight_format.two_level else None
         self.bias = frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
@@ -106,12 +113,20 @@ class QuantLinear(nn.Module):
         self.codes, self.scale = frozen(weight.codes), frozen(weight.scale)
         if weight.zero_point is not None:
             self.zero_point = frozen(weight.zero_point)
+        if weight.channel_scale is not None:
+            self.channel_scale = frozen(weight.channel_scale)
 
     @property
     def packed_weight(self) -> PackedTensor:
         shape = torch.Size((self.out_features, self.in_features))
         return PackedTensor(
-            self.codes, self.scale, self.zero_point, self.weight_format, Layout.ROW_MAJOR, shape
+            self.codes,
+            self.scale,
+            self.zero_point,
+            self.weight_format,
+            Layout.ROW_MAJOR,
+            shape,
+            self.channel_scale,
         )
 
     def quantize_input(self, x: Tensor) -> PackedTensor:
@@ -144,10 +159,13 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """model.to(dtype) changes what the layer computes in, never the scales it was given."""
-        scale = self.scale.detach()  # what self.scale.data was, also after it is replaced
+        scales = {"scale": self.scale, "channel_scale": self.channel_scale}
+        # what their data was, also after it is replaced
+        given = {name: scale.detach() for name, scale in scales.items() if scale is not None}
         super()._apply(fn, recurse)
-        if self.scale.dtype != scale.dtype:
-            self.scale.data = scale.to(self.codes.device)
+        for name, scale in given.items():
+            if getattr(self, name).dtype != scale.dtype:
+                getattr(self, name).data = scale.to(self.codes.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
@@ -166,7 +184,8 @@ class QuantLinear(nn.Module):
 
 def _describe(grid: IntFormat) -> str:
     group = "" if grid.group_size is None else f"g{grid.group_size}"
-    return f"int{grid.bits}{group}{'' if grid.symmetric else '-asym'}"
+    levels = "-twolevel" if grid.two_level else ""
+    return f"int{grid.bits}{group}{'' if grid.symmetric else '-asym'}{levels}"
 
 
 def shared_input(linear: nn.Module, x: Tensor) -> Tensor | PackedTensor:
