@@ -10,12 +10,14 @@ READY := .venv/.ready
 SOURCES := $(wildcard lowbit kernels tests benchmarks setup.py)
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
 
-.PHONY: help setup demo test test-slow lint format table figure clean
+.PHONY: help setup demo test test-slow gpu lint format table figure clean
 
 help:
 	@echo "make demo       quantize SmolLM2-135M to w4a4kv4, load it packed, compare, generate"
 	@echo "make test       the tests (CPU, minutes)"
 	@echo "make test-slow  the tests on the real model, and every kernel compiled"
+	@echo "make gpu        on a GPU: the kernels' tests, benchmarks and a memory check (ten minutes);"
+	@echo "                LOWBIT_PYTHON=python3 takes a Python that has torch, triton and pytest"
 	@echo "make lint       ruff, clang-format, typos"
 	@echo "make format     let ruff and clang-format rewrite the files"
 	@echo "make table      the accuracy table of README.md"
@@ -38,10 +40,15 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not interpret"
-	$(if $(TRITON),TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret)
+	$(if $(TRITON),TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "interpret and not slow")
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not interpret"
+	$(if $(TRITON),TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "slow and interpret")
+
+# Nothing is installed where LOWBIT_PYTHON is given: there may be no network.
+gpu: $(if $(LOWBIT_PYTHON),,$(READY))
+	LOWBIT_PYTHON="$(or $(LOWBIT_PYTHON),$(BIN)/python)" benchmarks/gpu.sh
 
 lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)

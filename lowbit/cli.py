@@ -1,4 +1,4 @@
-"""The command line: lowbit quantize | eval | generate | table | plot | doctor | demo.
+"""The command line: lowbit quantize | eval | generate | table | plot | bench | doctor | demo.
 
 A user's mistake is one line on stderr and exit code 2. With --json, stdout carries one object and
 nothing else; progress goes to stderr.
@@ -103,6 +103,15 @@ def parser() -> Parser:
     p.add_argument("--tokens", type=int, default=128, metavar="N", help="default: 128")
     p.add_argument("--text", metavar="FILE", help="default: the Python manual")
     _model_options(p, dtype=False)
+
+    p = command("bench", commands.run_bench, "Time the ops beside other kernels; needs a checkout.")
+    p.add_argument("op", metavar="OP", nargs="*", help="such as hadamard (default: every op)")
+    p.add_argument("--shapes", nargs="+", metavar="MODEL", help="default: llama3-8b")
+    p.add_argument("--M", nargs="+", type=int, metavar="N", help="rows of activations")
+    p.add_argument("--context", nargs="+", type=int, metavar="N", help="tokens in the KV cache")
+    p.add_argument("--backend", choices=BACKENDS, help="default: those that are no reference")
+    p.add_argument("--device", help="cuda (default), or cpu to time the references on tiny shapes")
+    p.add_argument("--csv", metavar="FILE", help="append the rows to FILE")
 
     command("doctor", commands.run_doctor, "What this machine can run, and why not the rest.")
 

@@ -1,5 +1,7 @@
 """What the subcommands of `lowbit` do; each returns (object for --json, text for people)."""
 
+import importlib
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -253,6 +255,15 @@ def run_plot(args) -> Result:
     ]
     result = {"model": args.model, "output": args.output, "kurtosis_before_after": kurtosis}
     return result, "\n".join([f"drawn to {args.output}", *lines])
+
+
+def run_bench(args) -> Result:
+    """The benchmarks lie in the repository beside this package and are not installed with it."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks/run.py").is_file():
+        raise InputError("lowbit bench needs a checkout of the repository: benchmarks/ is not here")
+    sys.path.insert(0, str(root))
+    return importlib.import_module("benchmarks.run").run(args)
 
 
 def run_doctor(args) -> Result:

@@ -1,16 +1,21 @@
 """Before any test module is imported: no network. Tests that cannot run here are skipped.
 
 Triton reads TRITON_INTERPRET when a kernel is defined, so a process either interprets all kernels
-and runs the tests marked `interpret`, or compiles them and runs the others.
+and runs the tests marked `interpret`, or compiles them and runs the others. With a GPU the latter
+runs the tests marked `interpret` too, with its kernels compiled.
 """
 
 import importlib.util
+import inspect
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/, which is not installed
 
 
 def pytest_collection_modifyitems(items):
@@ -29,6 +34,45 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"needs sm_{wanted[0]}, this is sm_{here}"))
         elif interpret and no_triton:
             item.add_marker(pytest.mark.skip(reason="needs triton"))
-        elif interpret != INTERPRETED:
+        elif interpret != INTERPRETED and not (interpret and available):
             runs_with = "needs" if interpret else "not run with"
             item.add_marker(pytest.mark.skip(reason=f"{runs_with} TRITON_INTERPRET=1"))
+
+
+@pytest.fixture(autouse=True)
+def kernels_on_the_gpu(request, monkeypatch):
+    """Tests marked `interpret` have their tensors on the CPU, where the interpreter needs them.
+
+    Compiled kernels get copies on the GPU, and what they return or write comes back: the test
+    compares them with the reference on the CPU, whichever ran.
+    """
+    if request.node.get_closest_marker("interpret") and not INTERPRETED:
+        from lowbit.ops.dispatch import Op
+
+        on_cpu = Op.__call__
+
+        def call(op, *args, backend=None):
+            if backend != "triton":
+                return on_cpu(op, *args, backend=backend)
+            return run_on(op, args, "cuda", lambda *moved: on_cpu(op, *moved, backend=backend))
+
+        monkeypatch.setattr(Op, "__call__", call)
+
+
+def run_on(op, args: tuple, device: str, run):
+    """run(*args) with tensors on `device`; its outputs, and what it wrote in place, come back."""
+    import torch
+
+    moved = [copied(a, device) if isinstance(a, torch.Tensor) else a for a in args]
+    out = run(*moved)
+    names = inspect.signature(op.reference).parameters
+    for name, arg, new in zip(names, args, moved, strict=False):  # the last may have defaults
+        if name in op.mutates_args:
+            arg.copy_(new)
+    return tuple(t.cpu() for t in out) if isinstance(out, tuple | list) else out.cpu()
+
+
+def copied(t, device: str):
+    """A copy of all of t's memory on a device, seen through t's own strides."""
+    memory = t.new_empty(0).set_(t.untyped_storage()).to(device, copy=True)
+    return memory.as_strided(t.shape, t.stride(), t.storage_offset())

@@ -52,15 +52,25 @@ def op_stems() -> set[str]:
 def test_one_stem_per_op():
     plumbing = {"__init__", "dispatch"}
     assert {path.stem for path in (ROOT / "lowbit/ops").glob("*.py")} - plumbing == op_stems()
-    for stem in op_stems():
-        assert (ROOT / f"tests/test_{stem}.py").is_file(), stem
-    shared = {"__init__", "common", "configs"}  # helpers of several kernels, and their tile sizes
+    shared = {"__init__", "common", "configs", "tiles"}  # helpers, and the data of all kernels
     kernels = [p for p in (ROOT / "kernels/triton").glob("*.py") if p.stem not in shared]
     kernels += (ROOT / "csrc").glob("*.cu")
     for path in kernels:
         assert re.sub(r"_sm\d+a?$", "", path.stem) in op_stems(), path
     for path in (ROOT / "benchmarks").glob("bench_*.py"):
         assert path.stem.removeprefix("bench_") in op_stems(), path
+
+
+@pytest.mark.parametrize("stem", sorted(op_stems()))
+def test_five_paths_of_an_op(stem):
+    """Contract, Triton, CUDA, test, benchmark; a kernel where its backend has a target."""
+    paths = [f"lowbit/ops/{stem}.py", f"tests/test_{stem}.py", f"benchmarks/bench_{stem}.py"]
+    folders = {"triton": ("kernels/triton", "py"), "cuda": ("csrc", "cu")}
+    ops = [op for op in OPS.values() if op.reference.__module__.endswith(f".{stem}")]
+    for backend, (folder, suffix) in folders.items():
+        if any(op.backends[backend].target for op in ops):
+            paths.append(f"{folder}/{stem}.{suffix}")
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
 
 
 @pytest.mark.parametrize("name", sorted(OPS))

@@ -1,0 +1,5 @@
+"""Benchmarks of every op: `lowbit bench`. Not part of the installed package.
+
+harness.py times one case; bench_<op>.py has the cases of one op, peers.py the public kernels they
+are compared with, shapes.py the models; tune.py sweeps tile tables.
+"""
