@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 
 BIN := .venv/bin
+# A process a core, each of one thread: OpenMP's threads wait by spinning.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
 READY := .venv/.ready
 SOURCES := $(wildcard lowbit kernels tests benchmarks setup.py)
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
@@ -39,12 +41,12 @@ demo: $(READY)
 	$(BIN)/lowbit demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not interpret"
-	$(if $(TRITON),TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "interpret and not slow")
+	$(PYTEST) -m "not slow and not gpu and not interpret"
+	$(if $(TRITON),TRITON_INTERPRET=1 $(PYTEST) -m "interpret and not slow")
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not interpret"
-	$(if $(TRITON),TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "slow and interpret")
+	$(PYTEST) -m "slow and not gpu and not interpret"
+	$(if $(TRITON),TRITON_INTERPRET=1 $(PYTEST) -m "slow and interpret")
 
 # Nothing is installed where LOWBIT_PYTHON is given: there may be no network.
 gpu: $(if $(LOWBIT_PYTHON),,$(READY))

@@ -17,7 +17,7 @@ from lowbit.recipes import Calibration
 from lowbit.recipes.quarot import ROTATIONS
 from lowbit.transforms import rotate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real model")]  # one checkpoint for all
 WINDOW = 512
 
 
