@@ -233,8 +233,8 @@ def test_triton_edge_rows(activation):
 
 @INTERPRET
 def test_triton_reasons():
-    x = torch.zeros(1, 4160)
-    with pytest.raises(NoBackendError, match="larger than 1024, it is 1040"):
-        silu_mul_hadamard_quant(x, x, IntFormat(4), 4160, backend="triton")
+    x = torch.zeros(1, 38400)
+    with pytest.raises(NoBackendError, match="32768 elements at once, here 65536 with padding"):
+        silu_mul_hadamard_quant(x, x, IntFormat(4), 300, backend="triton")
     with pytest.raises(NoBackendError, match="x is fp64"):
         silu_mul_hadamard_quant(x.double(), x.double(), IntFormat(4), backend="triton")

@@ -259,6 +259,7 @@ _ORDERS = {
     4096: (1, 1, 4096, 12, 8),
     576: (36, 64, 16, 4, 4),
     1536: (12, 16, 128, 7, 4),
+    4160: (1040, 2048, 4, 2, 8),
     11008: (344, 512, 32, 5, 16),
     13824: (108, 128, 128, 7, 16),
     14336: (28, 32, 512, 9, 16),
@@ -275,9 +276,9 @@ def _matrix(x: str, order: int) -> dict[str, str]:
 
 
 def _rotation_units(x: str, order: int, activation: str = "") -> dict[int, str]:
-    """Base orders of rows that are not too long; sm_100 keeps mma.sync for some."""
+    """Base orders of rows neither too long nor too narrow; sm_100 keeps mma.sync for some."""
     base, rows, pow2 = _ORDERS[order][:3]
-    if base == 1 or base % 4 or rows * pow2 > 16384:
+    if base == 1 or base % 4 or pow2 < 16 or rows * pow2 > 16384:
         return {}
     units = _float_units("bf16" if activation else x.replace("fp32", "bf16"), rows)
     return {**units, 100: rf"{units[80]}|{units[100]}"}
@@ -347,6 +348,7 @@ HADAMARD_QUANT = tuple(
         ("bf16", 11008, 4, True, True, 1),
         ("bf16", 13824, 4, True, True, 1),
         ("bf16", 14336, 4, True, True, 1),
+        ("bf16", 4160, 4, True, True, 1),
         ("bf16", 18944, 4, True, True, 1),
         ("bf16", 28672, 8, True, False, 1),
         ("fp16", 32768, 8, False, False, 1),

@@ -91,9 +91,6 @@ def _fake(x: Tensor, order: int, inner: int, matrix: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-TRITON_MAX_BASE = 1024  # of a dense factor: so many multiplications an element
-
-
 def split_order(order: int, matrix: Tensor | None) -> tuple[int, int]:
     """(base, power of two) of an order: all base orders as one dense factor, or the matrix."""
     if matrix is not None:
@@ -111,8 +108,6 @@ def why_not_rotated_by_triton(
     if x.dtype == torch.float64:
         return "it computes in fp32, x is fp64"
     base, power = split_order(order, matrix)
-    if base > TRITON_MAX_BASE:
-        return f"its dense factor must not be larger than {TRITON_MAX_BASE}, it is {base}"
     if base == 1 and matrix is not None:
         return "its matrix must be at least 2 x 2"
     padded = (1 << (base - 1).bit_length()) * power * elements
