@@ -251,11 +251,13 @@ def test_no_sequences(T):
     assert out.shape == (T, 9, 64) and not out.any()
 
 
-def test_token_that_is_not_finite_reaches_only_who_sees_it():
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_token_that_is_not_finite_reaches_only_who_sees_it(name, value):
     batch = Batch(((30, 1), (30, 1), (20, 1)))
     cache, q = random_cache(batch), random_q(batch)
     expected = attend(q, cache, batch)
-    cache.pages.v_scale[cache.block_table[1, 0].long(), 3, 1] = float("nan")
+    getattr(cache.pages, name)[cache.block_table[1, 0].long(), 3, 1] = float(value)
     got = attend(q, cache, batch)
     assert got[1, 3:6].isnan().all()
     got[1, 3:6] = expected[1, 3:6]

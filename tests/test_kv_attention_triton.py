@@ -180,7 +180,7 @@ def test_no_queries_and_no_sequences():
 @pytest.mark.parametrize("batch", [Batch(((20, 1), (150, 1))), Batch(((30, 4), (40, 6)))])
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("k_scale", "nan"), ("v_scale", "nan"), ("v_scale", "inf")],
+    [("k_scale", "nan"), ("k_scale", "inf"), ("v_scale", "nan"), ("v_scale", "inf")],
 )
 def test_token_that_is_not_finite_reaches_only_who_sees_it(name, value, batch):
     cache, q = random_cache(batch, 2), random_q(batch, 4, dtype=torch.float16)

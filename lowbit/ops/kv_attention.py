@@ -100,7 +100,7 @@ def _reference(
         k, v = (
             DEQUANTIZE.reference(
                 codes[used].flatten(0, 1)[:length],
-                scale[used].flatten(0, 1)[:length].unsqueeze(-1),
+                _nan_if_not_finite(scale[used].flatten(0, 1)[:length].unsqueeze(-1)),
                 zero_point[used].flatten(0, 1)[:length].unsqueeze(-1),
                 bits,
                 True,
@@ -113,6 +113,11 @@ def _reference(
         )
         out[rows] = attend(q[rows].to(compute), k, v, scaling)
     return out
+
+
+def _nan_if_not_finite(scale: Tensor) -> Tensor:
+    """An infinite number times a weight of 0, or in a softmax, would not spread as nan does."""
+    return torch.where(scale.isfinite(), scale, torch.nan)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
