@@ -7,7 +7,9 @@ from lowbit.formats import QuantFormat
 from lowbit.transforms.online import OnlineTransform
 
 QUANT_METHOD = "lowbit"
-VERSION = 1  # of the checkpoint: tensor names, canonical layout and this dictionary
+# Of the checkpoint: tensor names, canonical layout, this dictionary and what its rotations are.
+# Version 1 split Hadamard orders otherwise: its weights do not fit the rotations of this one.
+VERSION = OLDEST_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class LowbitConfig:
             raise InputError(
                 f"checkpoint version must be at most {VERSION}, got {d.get('version')!r}: "
                 "update lowbit to read it"
+            )
+        if d["version"] < OLDEST_VERSION:
+            raise InputError(
+                f"checkpoint version must be at least {OLDEST_VERSION}, got {d['version']}: "
+                "its Hadamard rotations are others, quantize the model again"
             )
         missing = {"format", "recipe", "activation_clip", "kv_clip", "input_transforms"} - set(d)
         if missing:

@@ -267,6 +267,10 @@ DEFECTS = {
         lambda f: edit_config(f, quantization_config__version=VERSION + 1),
         f"version must be at most {VERSION}, got {VERSION + 1}: update lowbit",
     ),
+    "older version": (
+        lambda f: edit_config(f, quantization_config__version=1),
+        "version must be at least 2, got 1: its Hadamard rotations are others",
+    ),
     "another method": (
         lambda f: edit_config(f, quantization_config__quant_method="fp8"),
         "quant_method must be 'lowbit', got 'fp8'",
