@@ -27,11 +27,20 @@ GROUP_SCALE_MAX, TWO_LEVEL_MAX_BITS = 15, 4
 MIN_SCALE = 2.0**-24
 
 
+FRAGMENT_TILE = 64  # rows and columns of a tile of the kernel layouts
+
+
 class Layout(str, Enum):
-    """How the codes of one row lie in memory. Only ROW_MAJOR is ever saved."""
+    """How codes lie in memory. Only ROW_MAJOR is ever saved.
+
+    The last two are kernel layouts of symmetric weights [N, K]: tiles of 64 x 64 codes, padded with
+    zeros, in the order in which the lanes of a warp hold the A operand of a matrix instruction.
+    """
 
     ROW_MAJOR = "row_major"  # packed, code 0 in the lowest bits, uint8
     BYTES = "bytes"  # one code per byte, int8 (symmetric) or uint8 (asymmetric)
+    FRAGMENT = "fragment"  # of 8-bit matrix instructions, m16n8k32; codes of 4 or 8 bits
+    FRAGMENT_INT4 = "fragment_int4"  # of the 4-bit one, m16n8k64
 
 
 @dataclass(frozen=True)
@@ -93,11 +102,35 @@ class IntFormat:
         return K // self.group_size
 
 
+# kernel layout -> widths of stored codes it is made for
+FRAGMENT_BITS = {Layout.FRAGMENT: (4, 8), Layout.FRAGMENT_INT4: (4,)}
+
+
+def codes_shape(format: IntFormat, layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the codes of a tensor [..., K]; what `layout` cannot hold is an InputError."""
+    K, bits = shape[-1], format.storage_bits
+    if layout is Layout.BYTES:
+        return tuple(shape)
+    if layout is Layout.ROW_MAJOR:
+        if K * bits % 8:
+            raise InputError(f"a packed row must fill whole bytes, got {K} codes of {bits} bits")
+        return (*shape[:-1], K * bits // 8)
+    if len(shape) != 2 or not format.symmetric or bits not in FRAGMENT_BITS[layout]:
+        widths = " or ".join(map(str, FRAGMENT_BITS[layout]))
+        raise InputError(
+            f"layout {layout.value!r} is for symmetric weights [N, K] of {widths} stored bits, "
+            f"got shape {tuple(shape)}, symmetric={format.symmetric}, {bits} stored bits"
+        )
+    tiles = (-(-size // FRAGMENT_TILE) for size in shape)
+    return (*tiles, FRAGMENT_TILE * FRAGMENT_TILE * bits // 8)
+
+
 @dataclass(frozen=True)
 class PackedTensor:
     """A quantized tensor [..., K] and everything needed to read it.
 
-    codes          ROW_MAJOR: uint8 [..., K * storage_bits / 8]; BYTES: int8 or uint8 [..., K]
+    codes          ROW_MAJOR: uint8 [..., K * storage_bits / 8]; BYTES: int8 or uint8 [..., K];
+                   kernel layouts: uint8 [ceil(N / 64), ceil(K / 64), 64 * 64 * storage_bits / 8]
     scale          [..., G] fp32 or fp16, uint8 of two levels; G = format.num_groups(K)
     zero_point     [..., G] uint8, None when symmetric
     shape          (..., K), the shape of the tensor the codes stand for
@@ -114,13 +147,7 @@ class PackedTensor:
 
     def __post_init__(self):
         K = self.shape[-1]
-        if self.layout is Layout.ROW_MAJOR and K * self.format.storage_bits % 8:
-            raise InputError(
-                f"a packed row must fill whole bytes, got {K} codes of "
-                f"{self.format.storage_bits} bits"
-            )
-        row = K if self.layout is Layout.BYTES else K * self.format.storage_bits // 8
-        expected = (*self.shape[:-1], row)
+        expected = codes_shape(self.format, self.layout, self.shape)
         if tuple(self.codes.shape) != expected:
             raise InputError(f"codes must have shape {expected}, got {tuple(self.codes.shape)}")
         groups = (*self.shape[:-1], self.format.num_groups(K))

@@ -20,7 +20,7 @@ from lowbit.formats import (
     PackedTensor,
     QuantFormat,
 )
-from lowbit.ops import pack, unpack
+from lowbit.ops import pack, to_layout, unpack
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
 BITS = range(2, 9)
@@ -191,6 +191,14 @@ TWO_LEVEL = {
 }
 
 
+FRAGMENT = {
+    "format": IntFormat(4, True, 4),
+    "zero_point": None,
+    "layout": Layout.FRAGMENT,
+    "codes": torch.zeros(1, 1, 2048, dtype=torch.uint8),
+}
+
+
 def test_packed_tensor_is_frozen_and_counts_its_bytes():
     t = packed_tensor()
     assert t.nbytes == 2 * 4 + 2 * 2 * 2 + 2 * 2
@@ -215,6 +223,23 @@ def test_packed_tensor_is_frozen_and_counts_its_bytes():
         ({"channel_scale": torch.ones(2, 1)}, "must have shape None: two_level=False, got .2, 1."),
         (TWO_LEVEL, r"channel_scale must have shape \(2, 1\): two_level=True, got None"),
         (TWO_LEVEL | {"channel_scale": torch.ones(2)}, r"must have shape \(2, 1\).*, got \(2,\)"),
+        (
+            {"layout": Layout.FRAGMENT},
+            "'fragment' is for symmetric weights .*symmetric=False, 4 st",
+        ),
+        (
+            {**FRAGMENT, "codes": torch.zeros(1, 2048, dtype=torch.uint8)},
+            r"codes must have shape \(1, 1, 2048\), got \(1, 2048\)",
+        ),
+        (
+            {**FRAGMENT, "shape": torch.Size((1, 2, 8))},
+            r"for symmetric weights \[N, K\] of 4 or 8 stored bits, got shape \(1, 2, 8\)",
+        ),
+        ({**FRAGMENT, "format": IntFormat(3, True, 4)}, "of 4 or 8 stored bits, .* 3 stored bits"),
+        (
+            {**FRAGMENT, "format": IntFormat(6, True, 4), "layout": Layout.FRAGMENT_INT4},
+            "'fragment_int4' is for symmetric weights .* of 4 stored bits, .* 8 stored bits",
+        ),
         (
             {"format": IntFormat(3, False, 4), "shape": torch.Size((2, 4))},
             "a packed row must fill whole bytes, got 4 codes of 3 bits",
@@ -262,6 +287,71 @@ def test_drawing(bits):
             expected = torch.zeros(num_bytes, dtype=torch.uint8)
             expected[byte] = 1 << bit
             assert_bitwise(pack(codes, bits), expected)
+
+
+FRAGMENTS = [(Layout.FRAGMENT, 8), (Layout.FRAGMENT, 4), (Layout.FRAGMENT_INT4, 4)]
+
+
+def weight_of(codes: torch.Tensor, bits: int) -> PackedTensor:
+    """Symmetric codes [N, K], one per byte, of scale 1."""
+    scale = torch.ones(codes.shape[0], 1)
+    return PackedTensor(codes, scale, None, IntFormat(bits), Layout.BYTES, codes.shape)
+
+
+@pytest.mark.parametrize("layout, bits", FRAGMENTS)
+def test_drawing_of_a_kernel_layout(layout, bits):
+    """Every drawn code, alone in a tile, sets its nibble or byte where it is drawn, all else 0."""
+    drawing = re.search(rf"^{layout.value}, {bits} bits:\n\n.*?\n(.*?)\n\n", DOCUMENT, re.S | re.M)
+    start, drawn = None, set()
+    for line in drawing[1].splitlines():
+        label, cells = re.fullmatch(r" +(byte \d+,? ?\w*|low) +(\d+\.\d+ .*)", line).groups()
+        start = int(label.split()[1].rstrip(",")) if label.startswith("byte") else start
+        shift = 4 if label.endswith("high") else 0
+        assert (bits == 4) == label.endswith(("high", "low"))
+        cells = cells.replace("|", "").split()
+        assert len(cells) == 16
+        for at, cell in enumerate(cells, start):
+            row, column = map(int, cell.split("."))
+            codes = torch.zeros(64, 64, dtype=torch.int8)
+            codes[row, column] = -1
+            expected = torch.zeros(1, 1, 512 * bits, dtype=torch.uint8)
+            expected[0, 0, at] = (2**bits - 1) << shift
+            assert_bitwise(to_layout(weight_of(codes, bits), layout).codes, expected)
+            drawn.add(cell)
+    assert len(drawn) >= 80
+
+
+@pytest.mark.parametrize("layout, bits", FRAGMENTS)
+def test_rule_of_a_kernel_layout(layout, bits):
+    """The table's formulas, evaluated for every byte of a tile, give each of its codes once."""
+    table = DOCUMENT.split("| layout | codes | byte")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    rules = {(name.strip("`"), width): rest for name, width, *rest in rows}
+    byte, row, column = rules[layout.value, f"{bits} bits"]
+    if row == "the same":
+        row = rules["fragment", "8 bits"][1]
+    if column == "the same":
+        column = rules["fragment", "8 bits"][2]
+    shifts = {
+        m[1]: (m[0] == "high") * 4 for m in re.findall(r"(high|low)(?: nibble)?: (\w = \d)", byte)
+    }
+
+    def value(formula: str, **names) -> int:
+        formula = formula.replace("mod", "%").replace("/", "//")
+        return eval(re.sub(r"(\w) (?=[\w(])", r"\1 * ", formula), {}, names)  # 2 a: 2 * a
+
+    torch.manual_seed(0)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (64, 64), dtype=torch.int8)
+    expected, seen = torch.zeros(512 * bits, dtype=torch.uint8), set()
+    for r, half, g, t, w, b in itertools.product(*map(range, (4, 2, 8, 4, 4, 4))):
+        names = {"r": r, "s": half, "h": half, "g": g, "t": t, "w": w, "b": b, "lane": 4 * g + t}
+        i, j = value(row, **names), value(column, **names)
+        shift = next((v for k, v in shifts.items() if k.endswith(str(half))), 0)
+        at = value(byte.split(",")[0], **names)
+        expected[at] |= (int(codes[i, j]) & (2**bits - 1)) << shift
+        seen.add((i, j))
+    assert len(seen) == 64 * 64
+    assert_bitwise(to_layout(weight_of(codes, bits), layout).codes, expected.view(1, 1, -1))
 
 
 def test_document_states_the_grammar_and_the_known_names():

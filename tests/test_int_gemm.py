@@ -120,6 +120,49 @@ def test_bias_and_output_are_narrowed_once(bias_dtype, out_dtype):
     assert_bitwise(got, expected_y(x, w, bias, out_dtype))
 
 
+KERNEL_LAYOUTS = [(Layout.FRAGMENT, 4), (Layout.FRAGMENT, 8), (Layout.FRAGMENT_INT4, 4)]
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(("layout", "bits"), [*KERNEL_LAYOUTS, (Layout.FRAGMENT, 6)])
+@pytest.mark.parametrize(("N", "K"), [(7, 96), (64, 64), (65, 160)])
+def test_kernel_layouts_are_the_same_weight(N, K, layout, bits, symmetric, group_size):
+    """N and K short of whole tiles: y has N columns, whatever lies in the padding."""
+    x, w = exact_x((5, K), bits, symmetric), exact_w(N, K, bits, group_size)
+    y = int_gemm(to_layout(x, Layout.ROW_MAJOR), to_layout(w, layout), out_dtype=torch.float32)
+    assert_bitwise(y, expected_y(x, w))
+
+
+@pytest.mark.parametrize("out_dtype", module.OUT_DTYPES, ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_residual_is_added_last_in_fp32(has_bias, out_dtype):
+    x, w = exact_x((2, 3, 64), 8, True), exact_w(7, 64, 4, 32)
+    bias = torch.randint(-9, 10, (7,)).float() if has_bias else None
+    residual = torch.randint(-9, 10, (2, 3, 7)).to(out_dtype)
+    got = int_gemm(x, w, bias, out_dtype, residual=residual)
+    exact = expected_y(x, w, bias).double() + residual.double()
+    assert_bitwise(got, exact.float().to(out_dtype))
+
+
+def rounding_case():
+    """(x, w, bias, residual): 2^-24 per step, so that each order of additions rounds otherwise."""
+    ones = torch.ones(1, 8, dtype=torch.int8)
+    x = PackedTensor(ones, torch.full((1, 1), 1 / 8), None, IntFormat(4), Layout.BYTES, ones.shape)
+    w = PackedTensor(ones, torch.ones(1, 1), None, IntFormat(4), Layout.BYTES, ones.shape)
+    return x, to_layout(w, Layout.ROW_MAJOR), torch.tensor([2.0**-24]), torch.tensor([[2.0**-24]])
+
+
+def test_bias_comes_before_residual():
+    """1 + 2^-24 rounds to 1 and so does the next; the other way round they make 2^-23 together."""
+    x, w, bias, residual = rounding_case()
+    assert int_gemm(x, w, bias, torch.float32, residual=residual).item() == 1.0
+    assert (1.0 + (bias + residual)).item() > 1.0
+    # and after the product: -1 leaves what the bias was rounded to
+    bias.fill_(2.0**-23)
+    assert int_gemm(x, w, bias, torch.float32, residual=-residual * 2**24).item() == 2.0**-23
+
+
 def test_output_is_fp16_by_default():
     assert int_gemm(exact_x((1, 8), 4, True), exact_w(1, 8, 4)).dtype == torch.float16
 
@@ -230,6 +273,9 @@ def op_arguments(symmetric: bool = True, packed: bool = False) -> dict:
         "x_packed": packed,
         "w_bits": 4,
         "out_dtype": torch.float16,
+        "w_channel_scale": None,
+        "w_layout": "row_major",
+        "residual": torch.ones(3, 5).half(),
     }
 
 
@@ -256,6 +302,19 @@ U8 = torch.uint8
         ({"bias": torch.ones(4)}, r"bias must have shape \[5\]"),
         ({"bias": torch.ones(5, dtype=torch.int32)}, "bias must be"),
         ({"out_dtype": torch.float64}, "out_dtype must be fp32, fp16 or bf16"),
+        ({"out_dtype": torch.bfloat16}, r"residual must be torch.bfloat16 \[3, 5\], .*float16"),
+        ({"residual": torch.ones(5).half()}, r"residual must be torch.float16 \[3, 5\], .* \(5,\)"),
+        ({"residual": torch.ones(5, 3).half()}, r"residual must be torch.float16 \[3, 5\]"),
+        ({"w_layout": "bytes"}, r"w_layout must be one of \['row_major', .*, got 'bytes'"),
+        ({"w_layout": "swizzled"}, r"w_layout must be one of .*, got 'swizzled'"),
+        ({"w_layout": "fragment"}, r"w_codes must be uint8 \(1, 1, 2048\) for .* \(5, 32\)"),
+        (
+            {"w_layout": "fragment", "w_codes": torch.zeros(1, 1, 2048, dtype=torch.int8)},
+            r"w_codes must be uint8 \(1, 1, 2048\) .* 'fragment', got torch.int8",
+        ),
+        ({"w_layout": "fragment", "w_scale": torch.ones(5)}, r"w_scale must have shape \[N, G\]"),
+        ({"w_layout": "fragment", "w_bits": 3}, "layout 'fragment' .* 4 or 8 stored bits"),
+        ({"w_layout": "fragment_int4", "w_bits": 8}, "layout 'fragment_int4' .* 4 stored bits"),
     ],
 )
 def test_wrong_argument(change, message):
@@ -272,8 +331,12 @@ def test_wrong_zero_point(zero_point):
 
 def test_wrong_packed_tensor():
     x, w = exact_x((3, 64), 4, True), exact_w(5, 64, 4)
-    with pytest.raises(ValueError, match="int_gemm: w must have layout 'row_major', got 'bytes'"):
+    with pytest.raises(ValueError, match="int_gemm: w must .* 'row_major' or 'fragment' .*'bytes'"):
         int_gemm(x, to_layout(w, Layout.BYTES))
+    with pytest.raises(ValueError, match="x must have layout 'row_major' or 'bytes', got 'fragm"):
+        int_gemm(to_layout(x, Layout.FRAGMENT), w)
+    with pytest.raises(ValueError, match=r"residual must have shape \(3, 5\), got \(1, 3, 5\)"):
+        int_gemm(x, w, residual=torch.ones(1, 3, 5).half())
     with pytest.raises(ValueError, match=r"int_gemm: w must have shape \[N, 64\]"):
         int_gemm(x, exact_w(5, 32, 4))
     with pytest.raises(ValueError, match="one scale per row, got group_size 32"):
@@ -294,6 +357,14 @@ def test_registered(symmetric, packed):
     assert_registered(module.INT_GEMM, *op_arguments(symmetric, packed).values())
 
 
+@pytest.mark.parametrize(("layout", "bits"), KERNEL_LAYOUTS)
+def test_registered_with_a_kernel_layout(layout, bits):
+    w = to_layout(exact_w(70, 64, bits, 32), layout)
+    changes = {"w_codes": w.codes, "w_scale": w.scale, "w_bits": bits, "w_layout": layout.value}
+    changes |= {"bias": None, "residual": None}
+    assert_registered(module.INT_GEMM, *(op_arguments() | changes).values())
+
+
 # Triton's kernel. Every sum is an integer and no product is fused, so all its bits are the
 # reference's. The interpreter truncates to bf16, so numbers stored there are exact in bf16.
 
@@ -307,10 +378,11 @@ TILE_EDGES = {  # tiles of 16, 64 and 128 rows, 32, 64 and 128 columns; 128 and 
 }
 
 
-def assert_triton_is_bitwise(x, w, bias=None, out_dtype=torch.float32):
-    expected = int_gemm(x, w, bias, out_dtype, backend="reference")
+def assert_triton_is_bitwise(x, w, bias=None, out_dtype=torch.float32, residual=None):
+    arguments = (x, w, bias, out_dtype)
+    expected = int_gemm(*arguments, backend="reference", residual=residual)
     with poison():
-        assert_bitwise(int_gemm(x, w, bias, out_dtype, backend="triton"), expected)
+        assert_bitwise(int_gemm(*arguments, backend="triton", residual=residual), expected)
 
 
 def random_scales(t: PackedTensor) -> PackedTensor:
@@ -319,7 +391,7 @@ def random_scales(t: PackedTensor) -> PackedTensor:
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("group_size", [None, 32, 64, 128])
-@pytest.mark.parametrize("layout", Layout, ids=[layout.value for layout in Layout])
+@pytest.mark.parametrize("layout", [Layout.ROW_MAJOR, Layout.BYTES], ids=["packed", "bytes"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("x_bits", X_BITS)
 @pytest.mark.parametrize("w_bits", [4, 6, 8])
@@ -336,7 +408,9 @@ def test_triton_every_format(w_bits, x_bits, symmetric, layout, group_size):
 @pytest.mark.parametrize(("shape", "bits"), TILE_EDGES.values(), ids=TILE_EDGES)
 def test_triton_every_shape(shape, bits, symmetric):
     x, w = exact_x((shape.M, shape.K), bits, symmetric), exact_w(shape.N, shape.K, bits)
-    assert_triton_is_bitwise(random_scales(x), random_scales(w))
+    assert_triton_is_bitwise(
+        random_scales(x), random_scales(w), residual=torch.randn(shape.M, shape.N)
+    )
 
 
 @pytest.mark.interpret
@@ -347,7 +421,34 @@ def test_triton_split_k(x_bits, w_bits, symmetric, M, K):
     """Long rows of few tiles: up to 64 of them in several parts, whose sums a kernel adds."""
     x, w = exact_x((M, K), x_bits, symmetric), exact_w(40, K, w_bits)
     x, w = to_layout(random_scales(x), Layout.ROW_MAJOR), random_scales(w)
-    assert_triton_is_bitwise(x, w, torch.randn(40), torch.float16)
+    residual = torch.randn(40, M).half().T  # not contiguous
+    assert_triton_is_bitwise(x, w, torch.randn(40), torch.float16, residual)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_triton_adds_the_residual_last(group_size):
+    """Where the order of additions shows; per channel, and in groups."""
+    x, w, bias, residual = rounding_case()
+    if group_size:
+        codes = torch.zeros(1, 64, dtype=torch.int8)
+        codes[0, :8] = 1
+        x = replace(x, codes=codes, shape=codes.shape)
+        scale = torch.ones(1, 2, dtype=torch.float16)
+        w = replace(
+            w,
+            codes=codes,
+            scale=scale,
+            format=IntFormat(4, True, 32),
+            shape=codes.shape,
+            layout=Layout.BYTES,
+        )
+        w = to_layout(w, Layout.ROW_MAJOR)
+    for factor in (1, -(2.0**24)):
+        assert_triton_is_bitwise(x, w, bias, residual=residual * factor)
+        assert_triton_is_bitwise(x, w, bias * 2, residual=residual * factor)
+    bf16 = torch.randint(-9, 10, (1, 1)).bfloat16()
+    assert_triton_is_bitwise(x, w, bias, torch.bfloat16, bf16)
 
 
 @pytest.mark.interpret
@@ -411,6 +512,13 @@ def test_triton_reasons(x_bits, w_bits, group_size, message):
     x = to_layout(exact_x((3, 64), x_bits, True), Layout.ROW_MAJOR)
     with pytest.raises(RuntimeError, match=f"triton: the Triton kernel {message}"):
         int_gemm(x, exact_w(5, 64, w_bits, group_size), backend="triton")
+
+
+@pytest.mark.interpret
+def test_triton_reads_packed_rows():
+    w = to_layout(exact_w(5, 64, 4), Layout.FRAGMENT)
+    with pytest.raises(RuntimeError, match="reads row_major weights, w is fragment: see to_layout"):
+        int_gemm(exact_x((3, 64), 4, True), w, backend="triton")
 
 
 @pytest.mark.interpret

@@ -78,7 +78,7 @@ def has_int8_dot(request, monkeypatch):
     monkeypatch.setattr(module, "_has_int8_dot", lambda: request.param)
 
 
-@pytest.mark.parametrize("layout", Layout, ids=[layout.value for layout in Layout])
+@pytest.mark.parametrize("layout", [Layout.ROW_MAJOR, Layout.BYTES], ids=["packed", "bytes"])
 @pytest.mark.parametrize("group_size", [8, 64, 384])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("x_bits", [4, 8])
@@ -123,6 +123,16 @@ def test_largest_codes_at_the_largest_K(symmetric, x_code, zero_point, w_code, h
     assert_bitwise(got, torch.tensor([[acc]], dtype=torch.int32).float())
 
 
+@pytest.mark.parametrize("layout", [Layout.FRAGMENT, Layout.FRAGMENT_INT4], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_kernel_layouts_and_a_residual(symmetric, layout):
+    x, w = random_x(3, 192, 4, symmetric), random_w(70, 192, 4, 64)
+    residual = torch.randint(-9, 10, (3, 70)).float()
+    got = int_gemm(x, to_layout(w, layout), None, torch.float32, residual=residual)
+    exact = expected_y(x, w).double() + residual.double()
+    assert_bitwise(got.double(), exact)
+
+
 def op_arguments(symmetric: bool = True, packed: bool = False) -> dict:
     """A valid call of the op: M 3, N 5, K 64, 4 x 4 bits, two groups."""
     x, w = random_x(3, 64, 4, symmetric), random_w(5, 64)
@@ -139,6 +149,8 @@ def op_arguments(symmetric: bool = True, packed: bool = False) -> dict:
         "w_bits": 4,
         "out_dtype": torch.float16,
         "w_channel_scale": w.channel_scale,
+        "w_layout": "row_major",
+        "residual": torch.ones(3, 5).half(),
     }
 
 
@@ -160,6 +172,7 @@ def test_int32_bound_is_refused_one_step_past_it(w_bits, x_bits, symmetric):
             "x_bits": x_bits,
             "w_bits": w_bits,
             "w_channel_scale": torch.empty(5, 1, **meta),
+            "residual": None,
         }
         return module.INT_GEMM(*(op_arguments() | changes).values())
 
@@ -212,15 +225,16 @@ def test_rounded_weights(x_format, out_dtype):
 # Triton's kernel: bits of the reference in every split, as no sum is rounded.
 
 
-def assert_triton_is_bitwise(x, w, bias=None, out_dtype=torch.float32):
-    expected = int_gemm(x, w, bias, out_dtype, backend="reference")
+def assert_triton_is_bitwise(x, w, bias=None, out_dtype=torch.float32, residual=None):
+    arguments = (x, w, bias, out_dtype)
+    expected = int_gemm(*arguments, backend="reference", residual=residual)
     with poison():
-        assert_bitwise(int_gemm(x, w, bias, out_dtype, backend="triton"), expected)
+        assert_bitwise(int_gemm(*arguments, backend="triton", residual=residual), expected)
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("layout", Layout, ids=[layout.value for layout in Layout])
+@pytest.mark.parametrize("layout", [Layout.ROW_MAJOR, Layout.BYTES], ids=["packed", "bytes"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("x_bits", [4, 8])
 def test_triton_every_format(x_bits, symmetric, layout, group_size):
@@ -270,7 +284,8 @@ def test_triton_split_k(x_bits, symmetric, M, K, group_size, parts, monkeypatch)
     monkeypatch.setattr(triton_int_gemm, "int_gemm_kernel", Counting())
     x = to_layout(random_x(M, K, x_bits, symmetric), Layout.ROW_MAJOR)
     x, w, bias = random_scales(x), random_scales(random_w(40, K, 4, group_size)), torch.randn(40)
-    assert_triton_is_bitwise(x, w, bias, torch.float16)
+    residual = torch.randn(M, 40).half()
+    assert_triton_is_bitwise(x, w, bias, torch.float16, residual)
     assert seen == [parts]
 
 

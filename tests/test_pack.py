@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import assert_bitwise, assert_registered, poison
 
-from lowbit.formats import PACKED_BITS, IntFormat, Layout
+from lowbit.formats import PACKED_BITS, IntFormat, Layout, PackedTensor
 from lowbit.ops import pack, quantize, to_layout, unpack
 from lowbit.ops.pack import PACK, UNPACK
 
@@ -122,6 +122,125 @@ def test_to_layout_and_back(bits, symmetric):
     assert_bitwise(packed, quantize(x, IntFormat(bits, symmetric), layout=Layout.ROW_MAJOR))
     assert_bitwise(to_layout(packed, Layout.BYTES), in_bytes)
     assert to_layout(packed, Layout.ROW_MAJOR) is packed
+
+
+# Where a lane's registers lie in the A operand, as the PTX ISA gives it for mma.m16n8k32 with 8-bit
+# and mma.m16n8k64 with 4-bit operands: groupID = lane >> 2, threadID_in_group = lane % 4, and for
+# the i-th element of the lane's fragment, 4 or 8 of them to a register a0 .. a3,
+#
+#     row = groupID where 0 <= i < n or 2n <= i < 3n, else groupID + 8       n: elements a register
+#     col = threadID_in_group * n + (i & (n - 1)) where i < 2n, else that + 4n
+
+
+def fragment_places(n: int):
+    """(lane, register, element of it) -> (row, column) of the A operand."""
+    for lane in range(32):
+        group, thread = lane >> 2, lane % 4
+        for i in range(4 * n):
+            row = group if 0 <= i < n or 2 * n <= i < 3 * n else group + 8
+            column = thread * n + (i & (n - 1)) + (0 if i < 2 * n else 4 * n)
+            yield lane, i // n, i % n, row, column
+
+
+def slow_fragment(codes: torch.Tensor, layout: Layout, bits: int) -> torch.Tensor:
+    """The layout's bytes, one code at a time."""
+    N, K = codes.shape
+    tiles = (-(-N // 64), -(-K // 64))
+    result = np.zeros((*tiles, 512 * bits), np.uint8)
+
+    def code(row: int, column: int) -> int:
+        return int(codes[row, column]) & (2**bits - 1) if row < N and column < K else 0
+
+    k = 64 if layout is Layout.FRAGMENT_INT4 else 32  # columns of an instruction
+    places = list(fragment_places(k // 8))
+    for tile_n, tile_k, r, step in np.ndindex(*tiles, 4, 64 // k):
+        for lane, register, element, row, column in places:
+            value = code(64 * tile_n + 16 * r + row, 64 * tile_k + k * step + column)
+            if layout is Layout.FRAGMENT_INT4:  # element 0 in the lowest bits of the register
+                word, shift = 128 * r + 4 * lane + register, 4 * element
+            elif bits == 8:
+                word, shift = 128 * (2 * r + step) + 4 * lane + register, 8 * element
+            else:  # a byte holds the codes of both steps, the first in its high nibble
+                word, shift = 128 * r + 4 * lane + register, 8 * element + 4 * (1 - step)
+            result[tile_n, tile_k, 4 * word + shift // 8] |= value << shift % 8
+    return torch.from_numpy(result)
+
+
+def weight_of(codes: torch.Tensor, bits: int) -> PackedTensor:
+    scale = torch.ones(codes.shape[0], 1)
+    return PackedTensor(codes, scale, None, IntFormat(bits), Layout.BYTES, codes.shape)
+
+
+FRAGMENTS = pytest.mark.parametrize(
+    ("layout", "bits"),
+    [(Layout.FRAGMENT, 8), (Layout.FRAGMENT, 4), (Layout.FRAGMENT_INT4, 4), (Layout.FRAGMENT, 6)],
+)
+
+
+@FRAGMENTS
+@pytest.mark.parametrize("shape", [(64, 64), (65, 130), (1, 2), (128, 64), (24, 192)], ids=str)
+def test_fragment_is_that_of_the_matrix_instruction(layout, bits, shape):
+    """And there and back, from packed rows too: every element of a tile, and tiles cut short."""
+    w = weight_of(random_codes(shape, bits, True), bits)
+    got = to_layout(w, layout)
+    assert got.layout is layout and got.codes.is_contiguous()
+    assert_bitwise(got.codes, slow_fragment(w.codes, layout, w.format.storage_bits))
+    assert_bitwise(to_layout(got, Layout.BYTES), w)
+    rows = to_layout(w, Layout.ROW_MAJOR)
+    assert_bitwise(to_layout(rows, layout), got)
+    assert_bitwise(to_layout(got, Layout.ROW_MAJOR), rows)
+    assert to_layout(got, layout) is got
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_place_of_a_tile(bits):
+    """The one code that is not 0 moves to one nibble or byte of its own."""
+    for layout in (Layout.FRAGMENT, Layout.FRAGMENT_INT4)[: 1 + (bits == 4)]:
+        seen = set()
+        for row, column in np.ndindex(64, 64):
+            codes = torch.zeros(64, 64, dtype=torch.int8)
+            codes[row, column] = -1
+            tile = to_layout(weight_of(codes, bits), layout).codes.flatten()
+            (at,) = tile.nonzero().flatten().tolist()
+            seen.add((at, int(tile[at])))
+        values = {255} if bits == 8 else {0x0F, 0xF0}
+        assert seen == {(at, value) for at in range(512 * bits) for value in values}
+
+
+def test_fragment_registers_are_codes_times_16():
+    """What the kernel does with a word of 4-bit codes, against the 8-bit layout of 16 * code."""
+    codes = random_codes((64, 64), 4, True)
+    words = to_layout(weight_of(codes, 4), Layout.FRAGMENT).codes.view(torch.int32).view(4, 1, 128)
+    mask = -0x0F0F0F10  # 0xF0F0F0F0
+    registers = torch.cat([words & mask, (words << 4) & mask], 1)
+    expected = to_layout(weight_of(codes * 16, 8), Layout.FRAGMENT).codes
+    assert_bitwise(registers.flatten().view(torch.uint8), expected.flatten())
+
+
+def test_fragment_and_back_between_kernel_layouts():
+    w = to_layout(weight_of(random_codes((70, 66), 4, True), 4), Layout.FRAGMENT)
+    other = to_layout(w, Layout.FRAGMENT_INT4)
+    assert not torch.equal(other.codes, w.codes)
+    assert_bitwise(to_layout(other, Layout.FRAGMENT), w)
+
+
+@pytest.mark.parametrize(
+    ("format", "shape", "layout", "message"),
+    [
+        (IntFormat(4, False), (8, 64), Layout.FRAGMENT, "symmetric=False, 4 stored bits"),
+        (IntFormat(3), (8, 64), Layout.FRAGMENT, "of 4 or 8 stored bits, .* 3 stored bits"),
+        (IntFormat(8), (8, 64), Layout.FRAGMENT_INT4, "of 4 stored bits, .* 8 stored bits"),
+        (IntFormat(4), (2, 8, 64), Layout.FRAGMENT, r"weights \[N, K\] .* shape \(2, 8, 64\)"),
+        (IntFormat(4), (64,), Layout.FRAGMENT_INT4, r"weights \[N, K\] .* shape \(64,\)"),
+    ],
+)
+def test_fragment_refuses(format, shape, layout, message):
+    for source in (Layout.BYTES, Layout.ROW_MAJOR):
+        t = quantize(torch.ones(shape), format, layout=source)
+        with pytest.raises(
+            ValueError, match=f"layout '{layout.value}' is for symmetric.*{message}"
+        ):
+            to_layout(t, layout)
 
 
 @BITS

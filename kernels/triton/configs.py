@@ -4,7 +4,7 @@ tests/test_compile.py compiles every one of them for every architecture, without
 tiles.py are all among them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lowbit.kernels.tiles import (
     ADD_PARTS_BLOCK_N,
@@ -123,8 +123,9 @@ def _units(kind: str, rows: int, blackwell: str | None = None) -> dict[int, str]
 
 
 def unique(tiles: tuple[Tile, ...]) -> list[Tile]:
-    """One of the tiles that differ in what they are for alone."""
-    return list({(t.BLOCK_M, t.BLOCK_N): t for t in tiles}.values())
+    """One of the tiles that differ in what they are for alone: that for the fewest rows, as K is
+    split of few."""
+    return list({replace(t, max_M=ANY, max_N=ANY): t for t in reversed(tiles)}.values())[::-1]
 
 
 def _float_units(x: str, rows: int) -> dict[int, str]:
@@ -142,7 +143,7 @@ INT_GEMM = tuple(
             "w": "*i8",
             **({"w_group_scale": "*u8"} if two_level else {}),
             "w_scale": "*fp16" if group and not two_level else "*fp32",
-            **({} if symmetric else {"bias": "*fp16"}),
+            **({} if symmetric else {"bias": "*fp16", "residual": f"*{out}"}),
             "y": f"*{out}",
             **({"parts": "*i32"} if split else {}),
             "M": "i32",
@@ -151,7 +152,7 @@ INT_GEMM = tuple(
             "columns": "i32",
         },
         {
-            **({"x_zero_point": None, "bias": None} if symmetric else {}),
+            **({"x_zero_point": None, "bias": None, "residual": None} if symmetric else {}),
             **({} if two_level else {"w_group_scale": None}),
             **({} if split else {"parts": None}),
             "X_BITS": x_bits,
@@ -191,11 +192,14 @@ INT_GEMM = tuple(
             "parts": "*i32",
             "x_scale": "*fp32",
             "w_scale": "*fp32",
-            **({"bias": "*bf16"} if bias else {}),
+            **({"bias": "*bf16", "residual": f"*{out}"} if bias else {}),
             "y": f"*{out}",
             **dict.fromkeys(("M", "N", "number"), "i32"),
         },
-        {**({} if bias else {"bias": None}), "BLOCK_N": ADD_PARTS_BLOCK_N},
+        {
+            **({} if bias else {"bias": None, "residual": None}),
+            "BLOCK_N": ADD_PARTS_BLOCK_N,
+        },
         aligned=("N",),
         fp_fusion=False,
         forbids=(r"fma\.rn\.f32",),

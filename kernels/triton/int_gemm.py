@@ -5,8 +5,8 @@ One program computes a BLOCK_M x BLOCK_N tile of y:
 1. Load BLOCK_K columns of x and w as they lie; expand packed nibbles to int8, in registers.
 2. Multiply on the int8 matrix units, sum in int32. After each group (BLOCK_K divides a group; per
    channel, after the last column) shift out the factors of step 1, convert, times w_scale.
-3. Times x_scale, plus bias, narrowed once. FP fusion is off: each product and sum is rounded, so
-   that fp32 arithmetic gives the bits of the reference. The sums before it are exact.
+3. Times x_scale, plus bias, plus residual, narrowed once. FP fusion is off: each product and sum is
+   rounded, so that fp32 arithmetic gives the bits of the reference. The sums before it are exact.
 
 A nibble is never sign-extended. Byte j of a row holds codes 2j (low) and 2j + 1 (high):
 
@@ -127,21 +127,24 @@ def sum_columns(
 
 
 @triton.jit
-def store_scaled(out, x_scale, bias, y, m, n, M, N):
-    """y at rows m and columns n: out [BLOCK_M, BLOCK_N] fp32 times x_scale, plus bias."""
+def store_scaled(out, x_scale, bias, residual, y, m, n, M, N):
+    """y at rows m and columns n: out [BLOCK_M, BLOCK_N] fp32 times x_scale, plus what is added."""
     m_valid, n_valid = m < M, n < N
     out *= tl.load(x_scale + m, mask=m_valid, other=0.0)[:, None]
     if bias is not None:
         out += tl.load(bias + n, mask=n_valid, other=0.0).to(tl.float32)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=m_valid[:, None] & n_valid[None, :])
+    valid = m_valid[:, None] & n_valid[None, :]
+    if residual is not None:
+        out += tl.load(residual + at, mask=valid, other=0.0).to(tl.float32)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=valid)
 
 
 @triton.jit
-def store_sums(acc, w_scale, x_scale, bias, y, m, n, M, N):
-    """y at rows m and columns n: acc [BLOCK_M, BLOCK_N] int32 times both scales, plus bias."""
+def store_sums(acc, w_scale, x_scale, bias, residual, y, m, n, M, N):
+    """y at rows m and columns n: acc [BLOCK_M, BLOCK_N] int32 times w_scale, then as above."""
     scale = tl.load(w_scale + n, mask=n < N, other=0.0).to(tl.float32)
-    store_scaled(acc.to(tl.float32) * scale[None, :], x_scale, bias, y, m, n, M, N)
+    store_scaled(acc.to(tl.float32) * scale[None, :], x_scale, bias, residual, y, m, n, M, N)
 
 
 @triton.jit
@@ -153,6 +156,7 @@ def int_gemm_kernel(
     w_group_scale,  # [N, G] uint8: two-level scales; or None
     w_scale,  # [N, G], or [N] with w_group_scale
     bias,  # [N] or None
+    residual,  # [M, N] or None
     y,  # [M, N]
     parts,  # [number of parts, M, N] int32, or None: K is not split
     M,
@@ -192,7 +196,7 @@ def int_gemm_kernel(
             at = n.to(tl.int64) * (K // GROUP) + g
             scale = tl.load(w_scale + at, mask=n_valid, other=0.0).to(tl.float32)
             out += acc.to(tl.float32) * scale[None, :]
-        store_scaled(out, x_scale, bias, y, m, n, M, N)
+        store_scaled(out, x_scale, bias, residual, y, m, n, M, N)
     else:
         if GROUP == 0:
             acc = sum_columns(
@@ -212,7 +216,7 @@ def int_gemm_kernel(
             at = (part * M + m)[:, None] * N + n[None, :]  # M is small: fits int32
             tl.store(parts + at, acc, mask=m_valid[:, None] & n_valid[None, :])
         else:
-            store_sums(acc, w_scale, x_scale, bias, y, m, n, M, N)
+            store_sums(acc, w_scale, x_scale, bias, residual, y, m, n, M, N)
 
 
 @triton.jit
@@ -221,6 +225,7 @@ def add_parts_kernel(
     x_scale,  # [M]
     w_scale,  # [N]
     bias,  # [N] or None
+    residual,  # [M, N] or None
     y,  # [M, N]
     M,
     N,
@@ -234,7 +239,7 @@ def add_parts_kernel(
     for part in range(0, number):
         at = (part * M + m)[:, None] * N + n[None, :]
         acc += tl.load(parts + at, mask=(n < N)[None, :], other=0)
-    store_sums(acc, w_scale, x_scale, bias, y, m, n, M, N)
+    store_sums(acc, w_scale, x_scale, bias, residual, y, m, n, M, N)
 
 
 def columns_of_a_part(K: int, tiles: int, block_k: int, device: torch.device) -> int:
@@ -256,6 +261,8 @@ def int_gemm(
     w_bits: int,
     out_dtype: torch.dtype,
     w_channel_scale: Tensor | None = None,
+    w_layout: str = "row_major",
+    residual: Tensor | None = None,
 ) -> Tensor:
     x_nibbles = x_packed and IntFormat(x_bits).storage_bits == 4
     w_nibbles = IntFormat(w_bits).storage_bits == 4
@@ -278,6 +285,7 @@ def int_gemm(
     parts = None if number == 1 else y.new_empty((number, M, N), dtype=torch.int32)
     x_scale, w_scale = x_scale.contiguous(), w_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
     with device_of(y):
         int_gemm_kernel[row_tiles, column_tiles, number](
             x_codes.contiguous().view(torch.int8),
@@ -285,14 +293,14 @@ def int_gemm(
             None if x_zero_point is None else x_zero_point.contiguous(),
             w_codes.contiguous().view(torch.int8),
             None if w_group_scale is None else w_group_scale.contiguous(),
-            w_scale, bias, y, parts, M, N, K, columns,
+            w_scale, bias, residual, y, parts, M, N, K, columns,
             X_BITS=x_bits, X_NIBBLES=x_nibbles, W_NIBBLES=w_nibbles, GROUP=group,
             BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
         if parts is not None:
             add_parts_kernel[M, triton.cdiv(N, ADD_PARTS_BLOCK_N)](
-                parts, x_scale, w_scale, bias, y, M, N, number,
+                parts, x_scale, w_scale, bias, residual, y, M, N, number,
                 BLOCK_N=ADD_PARTS_BLOCK_N, enable_fp_fusion=False,
             )  # fmt: skip
     return y

@@ -1,28 +1,33 @@
 """int_gemm: integer codes x integer codes -> scaled floats, a linear layer with quantized input.
 
     acc[m, n, g] = sum over k in group g of (x_code[m, k] - x_zero[m]) * w_code[n, k]      int32
-    y[m, n]      = (sum over g of acc[m, n, g] * w_scale[n, g]) * x_scale[m] + bias[n]     fp32
+    y[m, n]      = (sum over g of acc[m, n, g] * w_scale[n, g]) * x_scale[m]
+                   + bias[n] + residual[m, n]                                              fp32
 
-acc is exact. y is fp32 arithmetic, groups added in ascending order, and is narrowed to out_dtype
-once. Weights are symmetric; x_zero is 0 for symmetric activations.
+acc is exact. y is fp32 arithmetic in this order, every product and sum rounded, groups added in
+ascending order, and is narrowed to out_dtype once. Weights are symmetric; x_zero is 0 for symmetric
+activations.
 
 With w_channel_scale the scales have two levels, w_scale is an integer and so is the sum over groups
 (QServe's progressive groups, arXiv 2405.04532, section 4.1):
 
     acc[m, n]    = sum over g of w_scale[n, g] * acc[m, n, g]                              int32
-    y[m, n]      = acc[m, n] * w_channel_scale[n] * x_scale[m] + bias[n]                   fp32
+    y[m, n]      = acc[m, n] * w_channel_scale[n] * x_scale[m] + bias[n] + residual[m, n]  fp32
 
     x_codes       [M, K]             int8 (symmetric) or uint8 (asymmetric) codes of x_bits, or
                   [M, K * sb / 8]    uint8 when x_packed, sb = storage bits of x_bits
     x_scale       [M, 1]             fp32
     x_zero_point  [M, 1]             uint8; None: symmetric
-    w_codes       [N, K * sb / 8]    uint8, ROW_MAJOR, symmetric codes of w_bits (docs/formats.md)
+    w_codes       [N, K * sb / 8]    uint8, symmetric codes of w_bits (docs/formats.md), row_major;
+                  [ceil(N / 64), ceil(K / 64), 64 * 64 * sb / 8] uint8, fragment or fragment_int4
     w_scale       [N, G]             fp32 or fp16, G = K / group_size; 1: per output channel;
                                      uint8, 1..15, with w_channel_scale
     bias          [N]                any float, or None
     y             [M, N]             out_dtype: fp32, fp16 or bf16
     bits          2..8 on both sides; w_bits 2..4 with w_channel_scale
     w_channel_scale  [N, 1]          fp32; None: w_scale is all there is
+    w_layout      the layout of w_codes by its name; N is that of w_scale, as codes may be padded
+    residual      [M, N]             out_dtype, or None
 
 acc must not overflow: K / G * 2^(w_bits - 1) * X <= 2^31 - 1, where X = 2^(x_bits - 1) for
 symmetric and 2^x_bits - 1 for asymmetric activations. At 8 x 8 bits that is K / G <= 131071 and
@@ -34,6 +39,7 @@ y overflows to inf as its dtype does.
 import torch
 from torch import Tensor
 
+from lowbit.errors import InputError
 from lowbit.formats import (
     GROUP_SCALE_MAX,
     GROUP_SIZES,
@@ -43,31 +49,44 @@ from lowbit.formats import (
     IntFormat,
     Layout,
     PackedTensor,
+    codes_shape,
 )
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
-from lowbit.ops.pack import UNPACK
+from lowbit.ops.pack import UNPACK, fragment_codes
 from lowbit.ops.quantize import SCALE_DTYPES, check_float
 
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_ACC = 2**31 - 1
 LONGEST_TRITON_GROUP = LARGEST_ACC // (128 * 255)  # it sums 16 * nibble like 8-bit codes: 65793
+W_LAYOUTS = (Layout.ROW_MAJOR, Layout.FRAGMENT, Layout.FRAGMENT_INT4)
+# of w_channel_scale, w_layout and residual: torch.library hands on no trailing default
+DEFAULTS = (None, Layout.ROW_MAJOR.value, None)
 ROW_CHUNK = 512  # rows at a time in the reference: their sums stay in the CPU's cache
 
 
 def check_weight(
-    op: str, K: int, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, bits: int, levels: int
+    op: str,
+    K: int,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    levels: int,
+    layout: Layout = Layout.ROW_MAJOR,
 ):
-    """The checks of a ROW_MAJOR weight [N, K] that every GEMM shares."""
+    """The checks of a weight [N, K] that every GEMM shares."""
     max_bits = TWO_LEVEL_MAX_BITS if levels == 2 else MAX_BITS
     if not MIN_BITS <= bits <= max_bits:
         raise ValueError(f"{op}: w_bits must be in {MIN_BITS}..{max_bits}, got {bits}")
     row_bits = K * IntFormat(bits).storage_bits
-    if w_codes.dtype != torch.uint8 or w_codes.dim() != 2 or w_codes.shape[1] * 8 != row_bits:
+    if layout is not Layout.ROW_MAJOR:
+        _check_fragment(op, K, w_codes, w_scale, bits, layout)
+    elif w_codes.dtype != torch.uint8 or w_codes.dim() != 2 or w_codes.shape[1] * 8 != row_bits:
         raise ValueError(
             f"{op}: w_codes must be uint8 [N, {row_bits / 8:g}] for K = {K} and {bits} bits, "
             f"got {w_codes.dtype} {tuple(w_codes.shape)}"
         )
-    N = w_codes.shape[0]
+    N = w_codes.shape[0] if layout is Layout.ROW_MAJOR else w_scale.shape[0]
     if w_scale.dtype not in ((torch.uint8,) if levels == 2 else SCALE_DTYPES):
         expected = "uint8, as w_channel_scale is given" if levels == 2 else "fp32 or fp16"
         raise ValueError(f"{op}: w_scale must be {expected}, got {w_scale.dtype}")
@@ -82,6 +101,21 @@ def check_weight(
             raise ValueError(f"{op}: bias must have shape [{N}], got {tuple(bias.shape)}")
 
 
+def _check_fragment(op: str, K: int, w_codes: Tensor, w_scale: Tensor, bits: int, layout: Layout):
+    if w_scale.dim() != 2:
+        raise ValueError(f"{op}: w_scale must have shape [N, G], got {tuple(w_scale.shape)}")
+    N = w_scale.shape[0]
+    try:
+        expected = codes_shape(IntFormat(bits), layout, (N, K))
+    except InputError as error:
+        raise ValueError(f"{op}: {error}") from None
+    if w_codes.dtype != torch.uint8 or w_codes.shape != expected:
+        raise ValueError(
+            f"{op}: w_codes must be uint8 {expected} for [N, K] = [{N}, {K}], {bits} bits and "
+            f"layout {layout.value!r}, got {w_codes.dtype} {tuple(w_codes.shape)}"
+        )
+
+
 def _check(
     x_codes: Tensor,
     x_scale: Tensor,
@@ -94,6 +128,8 @@ def _check(
     w_bits: int,
     out_dtype: torch.dtype,
     w_channel_scale: Tensor | None = None,
+    w_layout: str = "row_major",
+    residual: Tensor | None = None,
 ):
     if not MIN_BITS <= x_bits <= MAX_BITS:
         raise ValueError(f"int_gemm: x_bits must be in {MIN_BITS}..{MAX_BITS}, got {x_bits}")
@@ -118,11 +154,17 @@ def _check(
         )
     K = row * 8 // grid.storage_bits if x_packed else row
     two_level = w_channel_scale is not None
-    check_weight("int_gemm", K, w_codes, w_scale, bias, w_bits, 2 if two_level else 1)
+    if w_layout not in W_LAYOUTS:
+        raise ValueError(
+            f"int_gemm: w_layout must be one of {[layout.value for layout in W_LAYOUTS]}, "
+            f"got {w_layout!r}"
+        )
+    levels = 2 if two_level else 1
+    check_weight("int_gemm", K, w_codes, w_scale, bias, w_bits, levels, Layout(w_layout))
+    N = w_scale.shape[0]
     largest = max(-grid.qmin, grid.qmax) * -IntFormat(w_bits).qmin  # |(code - zero_point) * code|
     length = K // w_scale.shape[1]
     if two_level:
-        N = w_codes.shape[0]
         if w_channel_scale.dtype != torch.float32 or w_channel_scale.shape != (N, 1):
             raise ValueError(
                 f"int_gemm: w_channel_scale must be fp32 [{N}, 1], "
@@ -136,6 +178,11 @@ def _check(
         )
     if out_dtype not in OUT_DTYPES:
         raise ValueError(f"int_gemm: out_dtype must be fp32, fp16 or bf16, got {out_dtype}")
+    if residual is not None and (residual.dtype != out_dtype or residual.shape != (M, N)):
+        raise ValueError(
+            f"int_gemm: residual must be {out_dtype} [{M}, {N}], as y is, "
+            f"got {residual.dtype} {tuple(residual.shape)}"
+        )
 
 
 def _has_int8_dot() -> bool:
@@ -169,6 +216,8 @@ def _reference(
     w_bits: int,
     out_dtype: torch.dtype,
     w_channel_scale: Tensor | None = None,
+    w_layout: str = "row_major",
+    residual: Tensor | None = None,
 ) -> Tensor:
     x, shift = x_codes, None
     if x_packed:
@@ -176,7 +225,11 @@ def _reference(
     if x_zero_point is not None:  # code - 128 fits int8; the rest of the zero point meets sum(w)
         x = x.bitwise_xor(128).view(torch.int8)
         shift = 128 - x_zero_point.to(torch.int32)  # [M, 1]
-    w = UNPACK.reference(w_codes, IntFormat(w_bits).storage_bits, True)
+    w_storage, layout = IntFormat(w_bits).storage_bits, Layout(w_layout)
+    if layout is Layout.ROW_MAJOR:
+        w = UNPACK.reference(w_codes, w_storage, True)
+    else:
+        w = fragment_codes(w_codes, layout, w_storage, (w_scale.shape[0], x.shape[1]))
     if w_channel_scale is not None:
         groups = w.unflatten(1, (w_scale.shape[1], -1))
         w = (groups * w_scale.to(torch.int8).unsqueeze(-1)).flatten(1)  # at most 8 * 15: fits int8
@@ -186,7 +239,9 @@ def _reference(
         rows = slice(start, start + ROW_CHUNK)
         scaled = _weighted_sums(x[rows], None if shift is None else shift[rows], w, w_scale)
         scaled.mul_(x_scale[rows])
-        y[rows] = scaled if bias is None else scaled.add_(bias.float())
+        if bias is not None:
+            scaled.add_(bias.float())
+        y[rows] = scaled if residual is None else scaled.add_(residual[rows].float())
     return y
 
 
@@ -216,15 +271,20 @@ def _fake(
     w_bits: int,
     out_dtype: torch.dtype,
     w_channel_scale: Tensor | None = None,
+    w_layout: str = "row_major",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    return x_codes.new_empty((x_codes.shape[0], w_codes.shape[0]), dtype=out_dtype)
+    return x_codes.new_empty((x_codes.shape[0], w_scale.shape[0]), dtype=out_dtype)
 
 
 def _why_not_triton(*args) -> str | None:
     if not args:
         return why_not_triton()
     x_codes, w_scale, x_bits, x_packed, w_bits = args[0], args[4], *args[6:9]
-    two_level = len(args) > 10 and args[10] is not None
+    w_channel_scale, w_layout, residual = (*args, *DEFAULTS[len(args) - 10 :])[10:]
+    if w_layout != Layout.ROW_MAJOR:
+        return f"the Triton kernel reads row_major weights, w is {w_layout}: see to_layout"
+    two_level = w_channel_scale is not None
     for name, bits in {"x": x_bits if x_packed else 8, "w": w_bits}.items():
         if IntFormat(bits).storage_bits not in (4, 8):
             return f"the Triton kernel reads codes packed in 4 or 8 bits, {name}_bits is {bits}"
@@ -234,7 +294,7 @@ def _why_not_triton(*args) -> str | None:
         return f"the Triton kernel takes groups of {GROUP_SIZES} or one a row, got {K // G}"
     if K // G > LONGEST_TRITON_GROUP:
         return f"the Triton kernel sums up to {LONGEST_TRITON_GROUP} elements, got {K // G}"
-    return why_not_triton(*args[:6], *args[10:])
+    return why_not_triton(*args[:6], w_channel_scale, residual)
 
 
 def _why_not_cuda(*_args) -> str:
@@ -248,11 +308,12 @@ _BACKENDS = {
 INT_GEMM = Op("int_gemm", _check, _reference, _fake, _BACKENDS)
 
 
-def check_operands(op: str, x, w: PackedTensor):
+def check_operands(op: str, x, w: PackedTensor, layouts: tuple[Layout, ...] = (Layout.ROW_MAJOR,)):
     """What a GEMM's tensors alone do not tell: the weight's layout and rank, and equal K."""
-    if w.layout is not Layout.ROW_MAJOR:
+    if w.layout not in layouts:
         raise ValueError(
-            f"{op}: w must have layout {Layout.ROW_MAJOR.value!r}, got {w.layout.value!r}"
+            f"{op}: w must have layout {' or '.join(repr(layout.value) for layout in layouts)}, "
+            f"got {w.layout.value!r}: see to_layout"
         )
     if len(w.shape) != 2 or x.shape[-1] != w.shape[-1]:
         raise ValueError(
@@ -267,18 +328,30 @@ def int_gemm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
     backend: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """x [..., K] (one scale per row, either layout) times w [N, K]: [..., N].
+    """x [..., K] (one scale per row, packed or not) times w [N, K], plus residual: [..., N].
 
     The contract is this module's docstring.
     """
-    check_operands("int_gemm", x, w)
+    check_operands("int_gemm", x, w, W_LAYOUTS)
+    if x.layout not in (Layout.ROW_MAJOR, Layout.BYTES):
+        raise ValueError(
+            f"int_gemm: x must have layout 'row_major' or 'bytes', got {x.layout.value!r}"
+        )
     if x.format.group_size is not None:
         raise ValueError(
             f"int_gemm: x must have one scale per row, got group_size {x.format.group_size}"
         )
     if not w.format.symmetric:
         raise ValueError("int_gemm: w must be symmetric, got an asymmetric format")
+    shape = (*x.shape[:-1], w.shape[0])
+    if residual is not None:
+        if residual.shape != shape:
+            raise ValueError(
+                f"int_gemm: residual must have shape {shape}, got {tuple(residual.shape)}"
+            )
+        residual = residual.reshape(-1, w.shape[0])
     y = INT_GEMM(
         x.codes.reshape(-1, x.codes.shape[-1]),
         x.scale.reshape(-1, 1),
@@ -291,6 +364,8 @@ def int_gemm(
         w.format.bits,
         out_dtype,
         w.channel_scale,
+        w.layout.value,
+        residual,
         backend=backend,
     )
-    return y.view(*x.shape[:-1], w.shape[0])
+    return y.view(shape)

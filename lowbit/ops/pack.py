@@ -9,6 +9,9 @@ codes are stored in two's complement and sign-extended by unpack.
     b       2, 3, 4 or 8
 
     unpack(packed, b, signed) -> int8 [..., K] when signed, else uint8
+
+`to_layout` also moves weights to and from the kernel layouts of docs/formats.md, with torch's own
+operations: that is done once, when a module is prepared for a device.
 """
 
 from dataclasses import replace
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowbit.formats import PACKED_BITS, Layout, PackedTensor
+from lowbit.formats import FRAGMENT_TILE, PACKED_BITS, Layout, PackedTensor, codes_shape
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
 
 # A word is the integer that holds one code per byte for as many codes as fill whole packed bytes:
@@ -141,13 +144,64 @@ def unpack(packed: Tensor, bits: int, signed: bool, backend: str | None = None) 
     return UNPACK(packed, bits, signed, backend=backend)
 
 
+# How a kernel layout's axes follow from those of the matrix: (layout, stored bits) -> axes that the
+# columns of a tile split into, and the order of all axes in memory, slowest first. Rows split into
+# r (16 of them), w (8) and g; lane = 4 g + t. Axes of a packed layout end with its two nibbles.
+_ROW_AXES, _ROW_SIZES = ("tile_n", "r", "w_low", "g"), (4, 2, 8)
+_COLUMN_AXES = {
+    (Layout.FRAGMENT, 8): (("s", "w_high", "t", "b"), (2, 2, 4, 4)),
+    (Layout.FRAGMENT, 4): (("s", "w_high", "t", "b"), (2, 2, 4, 4)),
+    (Layout.FRAGMENT_INT4, 4): (("w_high", "t", "b", "nibble"), (2, 4, 4, 2)),
+}
+_LANE_AXES = ("g", "t", "w_high", "w_low", "b")
+_MEMORY_AXES = {
+    (Layout.FRAGMENT, 8): ("tile_n", "tile_k", "r", "s", *_LANE_AXES),
+    (Layout.FRAGMENT, 4): ("tile_n", "tile_k", "r", *_LANE_AXES, "s"),
+    (Layout.FRAGMENT_INT4, 4): ("tile_n", "tile_k", "r", *_LANE_AXES, "nibble"),
+}
+
+
+def _to_fragment(codes: Tensor, layout: Layout, bits: int) -> Tensor:
+    """uint8 [ceil(N / 64), ceil(K / 64), bytes of a tile] of int8 codes [N, K]."""
+    columns, sizes = _COLUMN_AXES[layout, bits]
+    axes = (*_ROW_AXES, "tile_k", *columns)
+    N, K = codes.shape
+    tiles = pad(codes, (0, -K % FRAGMENT_TILE, 0, -N % FRAGMENT_TILE))
+    tiles = tiles.unflatten(1, (-1, *sizes)).unflatten(0, (-1, *_ROW_SIZES))
+    tiles = tiles.permute([axes.index(axis) for axis in _MEMORY_AXES[layout, bits]])
+    if layout is Layout.FRAGMENT and bits == 4:
+        tiles = tiles.flip(-1)  # s = 0 in the high nibble
+    return PACK.reference(tiles.flatten(2), bits)
+
+
+def fragment_codes(fragment: Tensor, layout: Layout, bits: int, shape: tuple[int, int]) -> Tensor:
+    """int8 codes [N, K] = `shape` of a kernel layout's bytes; `bits` is a storage width."""
+    columns, sizes = _COLUMN_AXES[layout, bits]
+    axes, memory = (*_ROW_AXES, "tile_k", *columns), _MEMORY_AXES[layout, bits]
+    size = dict(zip((*_ROW_AXES[1:], *columns), (*_ROW_SIZES, *sizes), strict=True))
+    tiles = UNPACK.reference(fragment, bits, True)
+    tiles = tiles.unflatten(2, [size[axis] for axis in memory[2:]])
+    if layout is Layout.FRAGMENT and bits == 4:
+        tiles = tiles.flip(-1)
+    tiles = tiles.permute([memory.index(axis) for axis in axes])
+    N, K = shape
+    return tiles.flatten(4).flatten(0, 3)[:N, :K].contiguous()
+
+
 def to_layout(t: PackedTensor, layout: Layout, backend: str | None = None) -> PackedTensor:
     """The same numbers in another layout; the only converter between layouts."""
     if t.layout is layout:
         return t
-    bits = t.format.storage_bits
-    if layout is Layout.ROW_MAJOR:
-        codes = pack(t.codes, bits, backend)
+    codes_shape(t.format, layout, t.shape)  # refuses what the layout cannot hold
+    bits, signed = t.format.storage_bits, t.format.symmetric
+    if t.layout is Layout.ROW_MAJOR:
+        codes = unpack(t.codes, bits, signed, backend)
+    elif t.layout is Layout.BYTES:
+        codes = t.codes
     else:
-        codes = unpack(t.codes, bits, t.format.symmetric, backend)
+        codes = fragment_codes(t.codes, t.layout, bits, t.shape)
+    if layout is Layout.ROW_MAJOR:
+        codes = pack(codes, bits, backend)
+    elif layout is not Layout.BYTES:
+        codes = _to_fragment(codes, layout, bits)
     return replace(t, codes=codes, layout=layout)
