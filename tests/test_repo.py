@@ -79,6 +79,9 @@ def test_a_backend_without_a_kernel_has_a_reason(name):
     for backend in OPS[name].backends.values():
         if backend.target is None:
             assert re.fullmatch(r"no (CUDA|Triton) kernel for \w+ yet", backend.why_not())
+        elif backend.target.startswith("lowbit.cuda:"):
+            stem = backend.target.split(":")[1]
+            assert f'm.impl("{stem}"' in (ROOT / f"csrc/{stem}.cu").read_text()
         elif backend.why_not() != "triton is not installed":
             assert callable(backend.load())
 

@@ -25,6 +25,7 @@ nan, zero_point 0 and codes 0, so that it dequantizes to nan.
 import torch
 from torch import Tensor
 
+from lowbit.cuda import why_not_cuda
 from lowbit.formats import MAX_BITS, MIN_BITS, MIN_SCALE, IntFormat, Layout, PackedTensor
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.pack import PACK, UNPACK, check_row
@@ -232,8 +233,35 @@ def _why_not_dequantized_by_triton(*args) -> str | None:
     return why_not_triton(codes, scale, zero_point)
 
 
-def _why_not_cuda(*_args) -> str:
-    return "no CUDA kernel for quantize yet"
+CUDA_VECTOR = 8  # elements that a thread of a CUDA row kernel loads and stores at once
+
+
+def why_not_quantized_by_cuda(length: int, bits: int, packed: bool, *inputs: Tensor) -> str | None:
+    """What every CUDA kernel that quantizes rows of `length` elements leaves out."""
+    if inputs[0].dtype == torch.float64:
+        return "it computes in fp32, x is fp64"
+    if packed and IntFormat(bits).storage_bits not in (4, 8):
+        return f"it packs codes of 4 or 8 bits, not of {bits}"
+    if length % CUDA_VECTOR or length > TRITON_MAX_ROW:
+        return (
+            f"a row must be a multiple of {CUDA_VECTOR} and at most {TRITON_MAX_ROW} elements, "
+            f"it is {length}"
+        )
+    if any(t.data_ptr() % 16 or not t.is_contiguous() for t in inputs):
+        return "its inputs must be contiguous and start at multiples of 16 bytes"
+    return None
+
+
+def _why_not_cuda(*args) -> str | None:
+    if not args:
+        return why_not_cuda()
+    x, bits, group_size, _, _, packed, _ = args
+    length = group_size or x.shape[-1]
+    return why_not_quantized_by_cuda(length, bits, packed, x) or why_not_cuda(x)
+
+
+def _why_not_dequantized_by_cuda(*_args) -> str:
+    return "no CUDA kernel for dequantize yet"
 
 
 QUANTIZE = Op(
@@ -242,7 +270,7 @@ QUANTIZE = Op(
     _reference,
     _fake,
     {
-        "cuda": Backend(_why_not_cuda),
+        "cuda": Backend(_why_not_cuda, "lowbit.cuda:quantize"),
         "triton": Backend(_why_not_triton, "lowbit.kernels.quantize:quantize"),
     },
 )
@@ -252,7 +280,7 @@ DEQUANTIZE = Op(
     _dequantize_reference,
     _dequantize_fake,
     {
-        "cuda": Backend(_why_not_cuda),
+        "cuda": Backend(_why_not_dequantized_by_cuda),
         "triton": Backend(_why_not_dequantized_by_triton, "lowbit.kernels.quantize:dequantize"),
     },
 )

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every kernel includes first: CUDA, or the emulator in its place (csrc/emulator/runtime.h).
+#pragma once
+
+#include <cstdint>
+
+#ifdef LOWBIT_EMULATE
+#include <cmath>
+#include <cstring>
+
+#include "emulator/runtime.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+namespace lowbit {
+
+constexpr int kWarp = 32;
+
+template <class To, class From>
+__host__ __device__ __forceinline__ To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+#ifdef LOWBIT_EMULATE
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+#else
+  return *reinterpret_cast<const To*>(&from);
+#endif
+}
+
+template <class Int>
+__host__ __device__ constexpr Int ceil_div(Int a, Int b) {
+  return (a + b - 1) / b;
+}
+
+// fp32 operations that are never contracted into an FMA: the reference rounds after each.
+__device__ __forceinline__ float mul_rn(float a, float b) {
+#ifdef LOWBIT_EMULATE
+  return a * b;  // compiled with -ffp-contract=off
+#else
+  return __fmul_rn(a, b);
+#endif
+}
+
+__device__ __forceinline__ float add_rn(float a, float b) {
+#ifdef LOWBIT_EMULATE
+  return a + b;
+#else
+  return __fadd_rn(a, b);
+#endif
+}
+
+__device__ __forceinline__ float div_rn(float a, float b) {
+#ifdef LOWBIT_EMULATE
+  return a / b;
+#else
+  return __fdiv_rn(a, b);
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ float to_float(T x);
+template <>
+__device__ __forceinline__ float to_float(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ float to_float(__half x) {
+  return __half2float(x);
+}
+template <>
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+
+// Round to nearest even; out of range becomes inf.
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+}  // namespace lowbit

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/launch.h"
+
+#include <torch/csrc/stable/accelerator.h>
+
+namespace lowbit {
+
+#ifdef LOWBIT_EMULATE
+
+namespace {
+int emulated_sm = 90, emulated_num_sms = 4;  // few: persistent kernels loop even on small shapes
+}
+
+extern "C" __attribute__((visibility("default"))) void lowbit_emulate(int sm, int num_sms) {
+  emulated_sm = sm;
+  emulated_num_sms = num_sms;
+}
+
+int device_sm(int) { return emulated_sm; }
+int device_num_sms(int) { return emulated_num_sms; }
+
+#else
+
+namespace {
+
+constexpr int kDefaultSharedBytes = 48 * 1024;  // more than this is granted on request
+
+int attribute(cudaDeviceAttr what, int device) {
+  int value = 0;
+  const cudaError_t status = cudaDeviceGetAttribute(&value, what, device);
+  check(status == cudaSuccess, text("CUDA device ", device, ": ", cudaGetErrorString(status)));
+  return value;
+}
+
+void check_launch(const Launch& config, const char* step, cudaError_t status) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // not the next caller's
+  throw std::runtime_error(text(
+      config.op, " (", config.shape, ", sm_", device_sm(config.device), ", grid ", config.grid.x,
+      "x", config.grid.y, "x", config.grid.z, ", ", config.threads, " threads, ", config.smem_bytes,
+      " bytes of shared memory): ", step, ": ", cudaGetErrorString(status)));
+}
+
+}  // namespace
+
+int device_sm(int device) {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
+int device_num_sms(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+
+void launch_on_device(const Launch& config, const void* kernel, void** arguments) {
+  check(aoti_torch_get_current_cuda_stream != nullptr,
+        text(config.op, ": this torch is built without CUDA"));
+  const torch::stable::accelerator::DeviceGuard guard(config.device);
+  void* stream = nullptr;
+  check(aoti_torch_get_current_cuda_stream(config.device, &stream) == 0,
+        text(config.op, ": torch has no current CUDA stream"));
+  if (config.smem_bytes > kDefaultSharedBytes) {
+    check_launch(config, "shared memory",
+                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      config.smem_bytes));
+  }
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = config.cluster;
+  cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = config.grid;
+  launch.blockDim = dim3(config.threads);
+  launch.dynamicSmemBytes = config.smem_bytes;
+  launch.stream = static_cast<cudaStream_t>(stream);
+  launch.attrs = &cluster;
+  launch.numAttrs = config.cluster > 1 ? 1 : 0;
+  check_launch(config, "launch", cudaLaunchKernelExC(&launch, kernel, arguments));
+}
+
+#endif
+
+}  // namespace lowbit

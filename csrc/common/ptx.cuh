@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+// The PTX that sm_80 and later share, one function an instruction; the emulator's twin of each is
+// in csrc/emulator/instructions.h. Hopper's own are in common/hopper.cuh.
+#pragma once
+
+#include "common/device.cuh"
+
+#ifdef LOWBIT_EMULATE
+#include "emulator/instructions.h"
+#endif
+
+namespace lowbit {
+
+// The block's dynamic shared memory; aligned to 1024 bytes, as no kernel has static shared memory.
+__device__ __forceinline__ uint8_t* dynamic_smem() {
+#ifdef LOWBIT_EMULATE
+  return emulator::shared_memory();
+#else
+  extern __shared__ __align__(1024) uint8_t smem[];
+  return smem;
+#endif
+}
+
+__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
+#ifdef LOWBIT_EMULATE
+  return emulator::shared_address(pointer);
+#else
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+#endif
+}
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % kWarp; }
+
+__device__ __forceinline__ void sync_block() {
+#ifdef LOWBIT_EMULATE
+  emulator::block_barrier(0, blockDim.x * blockDim.y * blockDim.z);
+#else
+  __syncthreads();
+#endif
+}
+
+// Barrier `id` (1..15) among `threads` threads of the block, a multiple of 32.
+__device__ __forceinline__ void sync_threads_of(int id, int threads) {
+#ifdef LOWBIT_EMULATE
+  emulator::block_barrier(id, threads);
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void sync_warp() {
+#ifdef LOWBIT_EMULATE
+  emulator::sync_warp();
+#else
+  __syncwarp();
+#endif
+}
+
+// All 32 lanes take part.
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+#ifdef LOWBIT_EMULATE
+  return emulator::shuffle(value, [mask](int lane) { return lane ^ mask; });
+#else
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+#ifdef LOWBIT_EMULATE
+  return emulator::shuffle(value, [lane](int) { return lane; });
+#else
+  return __shfl_sync(0xFFFFFFFFu, value, lane);
+#endif
+}
+
+// c + the sum of four products of signed bytes.
+__device__ __forceinline__ int32_t dp4a(uint32_t a, uint32_t b, int32_t c) {
+#ifdef LOWBIT_EMULATE
+  return emulator::dp4a(a, b, c);
+#else
+  return __dp4a(static_cast<int>(a), static_cast<int>(b), c);
+#endif
+}
+
+// ---- shared memory ---------------------------------------------------------------------------
+
+// 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+// Register i: row lane / 4, elements 2 (lane % 4) and + 1 of matrix i.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+#ifdef LOWBIT_EMULATE
+  emulator::ldmatrix<4>(r, address);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+#endif
+}
+
+__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], uint32_t address) {
+#ifdef LOWBIT_EMULATE
+  emulator::ldmatrix<2>(r, address);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(address));
+#endif
+}
+
+// 16 bytes of shared memory as four registers.
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+#ifdef LOWBIT_EMULATE
+  return *reinterpret_cast<uint4*>(emulator::shared_pointer(address, 16, "ld.shared.v4"));
+#else
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address));
+  return v;
+#endif
+}
+
+// ---- cp.async ----------------------------------------------------------------------------------
+
+// 16 bytes from global to shared memory, past L1; only the first `bytes` (0 or 16) are read, the
+// others are zeros. Done when the group that cp_async_commit closes has been waited for.
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, int bytes = 16) {
+#ifdef LOWBIT_EMULATE
+  emulator::cp_async_16(to, from, bytes);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void cp_async_commit() {
+#ifdef LOWBIT_EMULATE
+  emulator::commit(emulator::Engine::kCopy);
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until at most `kPending` of this thread's groups are under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+#ifdef LOWBIT_EMULATE
+  emulator::wait_group(emulator::Engine::kCopy, kPending);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// ---- matrix instructions: common/fragments.cuh has their operands
+// --------------------------------
+
+// d += a b, 16 x 8 x 32; signed bytes times signed or unsigned bytes.
+template <bool kUnsignedB = false>
+__device__ __forceinline__ void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4],
+                                       const uint32_t (&b)[2]) {
+#ifdef LOWBIT_EMULATE
+  emulator::mma<8, kUnsignedB>(d, a, b);
+#else
+  if constexpr (kUnsignedB) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#endif
+}
+
+// d += a b, 16 x 8 x 64; signed nibbles times signed or unsigned nibbles. Native on sm_80 to sm_89
+// only: later architectures emulate it in some 180 instructions, so there it must not be compiled.
+template <bool kUnsignedB = false>
+__device__ __forceinline__ void mma_s4(int32_t (&d)[4], const uint32_t (&a)[4],
+                                       const uint32_t (&b)[2]) {
+#ifdef LOWBIT_EMULATE
+  emulator::mma<4, kUnsignedB>(d, a, b);
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
+  if constexpr (kUnsignedB) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k64.row.col.s32.s4.u4.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#endif
+}
+
+// d += a b, 16 x 8 x 16; bf16 times bf16, sums in fp32.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]) {
+#ifdef LOWBIT_EMULATE
+  emulator::mma_bf16(d, a, b);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+}  // namespace lowbit

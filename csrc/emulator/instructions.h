@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the instructions of common/ptx.cuh do, from the PTX ISA's tables (common/fragments.cuh).
+#pragma once
+
+#include <cstring>
+
+#include "common/fragments.cuh"
+#include "emulator/runtime.h"
+
+namespace lowbit::emulator {
+
+constexpr int kLanes = 32;
+
+// body(lanes): the arguments of all lanes that meet, by pointer.
+template <int kGroup, class Lane, class Body>
+void meet(const char* what, Lane& lane, Body body) {
+  collective(what, kGroup, &lane, [&](void* const* all) {
+    Lane* lanes[kGroup];
+    for (int i = 0; i < kGroup; ++i) lanes[i] = static_cast<Lane*>(all[i]);
+    body(lanes);
+  });
+}
+
+inline void sync_warp() {
+  int nothing = 0;
+  meet<kLanes>("bar.warp.sync", nothing, [](int**) {});
+}
+
+template <class T, class Source>
+T shuffle(T value, Source source) {
+  struct Lane {
+    T in, out;
+    int from;
+  } self{value, value, source(current().linear % kLanes)};
+  meet<kLanes>("shfl.sync", self, [](Lane** lanes) {
+    for (int i = 0; i < kLanes; ++i) lanes[i]->out = lanes[lanes[i]->from % kLanes]->in;
+  });
+  return self.out;
+}
+
+inline int32_t dp4a(uint32_t a, uint32_t b, int32_t c) {
+  for (int i = 0; i < 32; i += 8) c += int8_t(a >> i) * int8_t(b >> i);
+  return c;
+}
+
+template <int kMatrices>
+void ldmatrix(uint32_t (&r)[kMatrices], uint32_t address) {
+  struct Lane {
+    uint32_t address;
+    uint32_t* r;
+  } self{address, r};
+  meet<kLanes>("ldmatrix", self, [](Lane** lanes) {
+    for (int matrix = 0; matrix < kMatrices; ++matrix) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const uint32_t row = lanes[8 * matrix + lane / 4]->address;
+        memcpy(&lanes[lane]->r[matrix], shared_pointer(row, 16, "ldmatrix") + 4 * (lane % 4), 4);
+      }
+    }
+  });
+}
+
+inline void cp_async_16(uint32_t to, const void* from, int bytes) {
+  uint8_t* target = shared_pointer(to, 16, "cp.async");
+  if (bytes != 0 && bytes != 16) misused("cp.async", "bytes must be 0 or 16");
+  if (bytes && reinterpret_cast<uintptr_t>(from) % 16) misused("cp.async", "from is not aligned");
+  defer(Engine::kCopy, [=] {
+    memset(target, 0, 16);
+    if (bytes) memcpy(target, from, bytes);
+  });
+}
+
+// Element `index` of `bits` bits of a register.
+inline int element(uint32_t word, int index, int bits, bool is_unsigned) {
+  const uint32_t raw = (word >> (index * bits)) & ((1u << bits) - 1);
+  return is_unsigned || raw < (1u << (bits - 1)) ? int(raw) : int(raw) - (1 << bits);
+}
+
+template <int kBits, bool kUnsignedB>
+void mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  constexpr int kPer = 32 / kBits, kK = 8 * kPer;
+  struct Lane {
+    int32_t* d;
+    const uint32_t *a, *b;
+  } self{d, a, b};
+  meet<kLanes>(kBits == 4 ? "mma.m16n8k64.s4" : "mma.m16n8k32.s8", self, [](Lane** lanes) {
+    static thread_local int A[16][kK], B[8][kK];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int e = 0; e < kPer; ++e) {
+        for (int i = 0; i < 4; ++i) {
+          const Coordinate at = a_fragment(lane, i, e, kPer);
+          A[at.row][at.column] = element(lanes[lane]->a[i], e, kBits, false);
+        }
+        for (int i = 0; i < 2; ++i) {
+          const Coordinate at = b_fragment(lane, i, e, kPer);
+          B[at.column][at.row] = element(lanes[lane]->b[i], e, kBits, kUnsignedB);
+        }
+      }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const Coordinate at = d_fragment(lane, i);
+        int32_t sum = 0;
+        for (int k = 0; k < kK; ++k) sum += A[at.row][k] * B[at.column][k];
+        lanes[lane]->d[i] += sum;
+      }
+    }
+  });
+}
+
+inline float bf16_half(uint32_t word, int index) {
+  const uint32_t bits = (word >> (16 * index)) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Products are exact in fp32; the order in which a tensor core adds them is its own.
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  constexpr int kPer = 2, kK = 16;
+  struct Lane {
+    float* d;
+    const uint32_t *a, *b;
+  } self{d, a, b};
+  meet<kLanes>("mma.m16n8k16.bf16", self, [](Lane** lanes) {
+    static thread_local float A[16][kK], B[8][kK];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int e = 0; e < kPer; ++e) {
+        for (int i = 0; i < 4; ++i) {
+          const Coordinate at = a_fragment(lane, i, e, kPer);
+          A[at.row][at.column] = bf16_half(lanes[lane]->a[i], e);
+        }
+        for (int i = 0; i < 2; ++i) {
+          const Coordinate at = b_fragment(lane, i, e, kPer);
+          B[at.column][at.row] = bf16_half(lanes[lane]->b[i], e);
+        }
+      }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const Coordinate at = d_fragment(lane, i);
+        float sum = 0;
+        for (int k = 0; k < kK; ++k) sum += A[at.row][k] * B[at.column][k];
+        lanes[lane]->d[i] += sum;
+      }
+    }
+  });
+}
+
+}  // namespace lowbit::emulator
