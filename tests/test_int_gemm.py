@@ -158,9 +158,8 @@ def test_bias_comes_before_residual():
     x, w, bias, residual = rounding_case()
     assert int_gemm(x, w, bias, torch.float32, residual=residual).item() == 1.0
     assert (1.0 + (bias + residual)).item() > 1.0
-    # and after the product: -1 leaves what the bias was rounded to
-    bias.fill_(2.0**-23)
-    assert int_gemm(x, w, bias, torch.float32, residual=-residual * 2**24).item() == 2.0**-23
+    minus_one = torch.full((1, 1), -1.0)  # 1 + 2^-24 is 1 again; 1 - 1 + 2^-24 would not be 0
+    assert int_gemm(x, w, bias, torch.float32, residual=minus_one).item() == 0.0
 
 
 def test_output_is_fp16_by_default():
