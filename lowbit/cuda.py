@@ -100,7 +100,7 @@ def sm(device: torch.device | int | None = None) -> int:
 def _architectures(path: Path) -> tuple[str, ...]:
     function = ctypes.CDLL(str(path)).lowbit_archs
     function.restype = ctypes.c_char_p
-    return tuple(function().decode().split())
+    return tuple(filter(None, function().decode().split(",")))
 
 
 def architectures() -> tuple[str, ...]:

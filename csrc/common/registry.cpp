@@ -1,4 +1,5 @@
-#include "registry.h"
+// SPDX-License-Identifier: Apache-2.0
+#include "common/registry.h"
 
 #include <map>
 #include <vector>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every kernel that a launcher can choose, as data: for `lowbit doctor`, benchmarks and tests.
 //
 // A .cu file registers its instantiations and, where there is a choice, its planner:
@@ -54,7 +55,7 @@ LOWBIT_EXPORT const lowbit::KernelInfo* lowbit_kernel(int i);
 LOWBIT_EXPORT const char* lowbit_plan(const char* op, const int64_t* numbers, int n, int sm,
                                       int num_sms);
 
-// The architectures that the library holds code for, such as "80 90a"; the emulator holds "".
+// The architectures that the library holds code for, such as "80,90a"; "" in the emulator.
 LOWBIT_EXPORT const char* lowbit_archs();
 
 // nullptr, or why there are none: `attributes` is then as it was.
