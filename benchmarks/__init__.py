@@ -1,5 +1,6 @@
 """Benchmarks of every op: `lowbit bench`. Not part of the installed package.
 
 harness.py times one case; bench_<op>.py has the cases of one op, peers.py the public kernels they
-are compared with, shapes.py the models; tune.py sweeps tile tables.
+are compared with, shapes.py the models; tune.py measures tiles and tables.py
+writes them into the tables of kernels/triton.
 """

@@ -250,7 +250,7 @@ WEIGHT_ONLY_GEMM = tuple(
             (("w4", 4, True, 0), ("w4-asym-g128", 4, False, 128), ("w2-asym-g32", 2, False, 32)),
         ),
         ("fp16", WEIGHT_ONLY_TILES, (("w8", 8, True, 0), ("w3-asym-g64", 3, False, 64))),
-        ("fp32", WEIGHT_ONLY_FP32_TILES, (("w4-g128", 4, True, 128),)),
+        ("fp32", WEIGHT_ONLY_FP32_TILES, (("w8", 8, True, 0), ("w4-g128", 4, True, 128))),
     )
     for t in unique(tiles)
     for format in formats
@@ -530,7 +530,8 @@ _KV_CALLS = (  # head_dim, bits, query heads of a KV head, queries of a sequence
     ("bf16", 128, 4, 4, 1), ("bf16", 128, 8, 8, 1), ("fp16", 128, 2, 4, 1), ("fp16", 256, 4, 4, 1),
     ("bf16", 256, 8, 1, 1), ("fp16", 128, 4, 4, 16), ("bf16", 64, 4, 3, ANY),
     ("fp16", 80, 8, 1, ANY), ("fp16", 128, 4, 4, ANY), ("bf16", 128, 4, 8, ANY),
-    ("fp16", 256, 4, 4, ANY), ("bf16", 256, 8, 4, ANY), ("fp32", 128, 4, 4, ANY),
+    ("fp16", 256, 4, 4, ANY), ("bf16", 256, 8, 4, ANY), ("fp32", 64, 8, 3, ANY),
+    ("fp32", 128, 4, 4, ANY), ("fp32", 256, 8, 4, ANY),
 )
 # fmt: on
 KV_ATTENTION = tuple(_kv_attention(*call) for call in _KV_CALLS) + tuple(

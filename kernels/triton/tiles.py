@@ -1,11 +1,19 @@
-"""Which tile a kernel takes for a shape: data only, nothing is tuned in a user's call.
+"""Which tile a kernel takes for a shape: data, nothing is tuned in a user's call.
 
-benchmarks/tune.py measures what these tables are edited from.
+The tables lie beside this file, gemm_tiles.csv and attention_tiles.csv, an entry a line. What an
+entry is for (max_*) is chosen by hand; its tile, the columns in capitals and num_*, is written by
+benchmarks/tune.py, which says in `measured` on what it was fastest: GPU, day, commit, shapes.
 """
 
-from dataclasses import dataclass
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 ANY = float("inf")
+PREDICTED = "not measured: predicted"
+FOLDER = Path(__file__).parent
+SMALLEST_BLOCK_M = 16  # of the matrix units; a GEMV has 1
 
 
 @dataclass(frozen=True)
@@ -19,34 +27,7 @@ class Tile:
     BLOCK_K: int
     num_warps: int
     num_stages: int
-
-
-INT_GEMM_TILES = (
-    Tile(16, ANY, 16, 32, 256, 4, 4),
-    Tile(64, ANY, 64, 64, 128, 4, 3),
-    Tile(ANY, 1024, 64, 64, 128, 4, 3),  # more programs where N is small
-    Tile(ANY, ANY, 128, 128, 128, 8, 3),
-)
-# Groups need two accumulators: 128 x 128 spills on sm_89.
-INT_GEMM_GROUPED_TILES = (*INT_GEMM_TILES[:-1], Tile(ANY, ANY, 128, 64, 128, 8, 3))
-# Up to SPLIT_K_MAX_M rows K is split, in parts of SPLIT_K_MIN_COLUMNS at least, until there are
-# SPLIT_K_PROGRAMS programs a multiprocessor; a second kernel adds the parts of a row.
-SPLIT_K_MAX_M, SPLIT_K_MIN_COLUMNS, SPLIT_K_PROGRAMS = 64, 512, 4
-ADD_PARTS_BLOCK_N = 512
-
-# M = 1: a GEMV. Groups need two accumulators: with 128 x 128 they spill. fp32 x has no matrix
-# units, and smaller tiles.
-WEIGHT_ONLY_TILES = (
-    Tile(1, ANY, 1, 16, 256, 4, 3),
-    Tile(16, ANY, 16, 64, 128, 4, 4),
-    Tile(64, ANY, 64, 64, 64, 4, 3),
-    Tile(ANY, 1024, 64, 64, 64, 4, 3),
-    Tile(ANY, ANY, 128, 64, 64, 8, 3),
-)
-WEIGHT_ONLY_FP32_TILES = (
-    Tile(1, ANY, 1, 16, 256, 4, 3),
-    Tile(ANY, ANY, 32, 64, 32, 8, 3),
-)
+    measured: str = field(default=PREDICTED, compare=False)
 
 
 @dataclass(frozen=True)
@@ -60,6 +41,7 @@ class AttentionTile:
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    measured: str = field(default=PREDICTED, compare=False)
 
     @property
     def copies(self) -> int:
@@ -67,24 +49,73 @@ class AttentionTile:
         return max(32 * self.num_warps // self.BLOCK_N, 1)
 
 
+FILES = {"gemm_tiles.csv": Tile, "attention_tiles.csv": AttentionTile}
+
+
+def limit_names(kind: type) -> list[str]:
+    """The fields that say what an entry is for, its rows first."""
+    return [f.name for f in fields(kind) if f.name.startswith("max_")]
+
+
+def tile_names(kind: type) -> list[str]:
+    """The fields that are compiled into a kernel."""
+    return [f.name for f in fields(kind) if f.type is int]
+
+
+def check(name: str, table: Iterable):
+    """Raises ValueError where an entry is none, or no shape reaches it, or the last is not for all
+    that the others are for."""
+    table = tuple(table)
+    limits = [[getattr(t, limit) for limit in limit_names(type(t))] for t in table]
+    for i, t in enumerate(table):
+        for key in tile_names(type(t)):
+            value = getattr(t, key)
+            power_of_two = type(value) is int and value > 0 and value & (value - 1) == 0
+            if not power_of_two and (key != "num_stages" or value != 3):
+                raise ValueError(f"{name}: {key} must be a power of two, got {value!r}")
+        if t.BLOCK_M < SMALLEST_BLOCK_M and not t.BLOCK_M == limits[i][0] == 1:
+            raise ValueError(f"{name}: BLOCK_M must be at least {SMALLEST_BLOCK_M}, or 1 for a row")
+        if any(all(map(float.__ge__, map(float, e), map(float, limits[i]))) for e in limits[:i]):
+            raise ValueError(f"{name}: entry {i} is for what an earlier one is for")
+    if limits[-1] != [max(column) for column in zip(*limits, strict=True)]:
+        raise ValueError(f"{name}: the last entry must be for all that the others are for")
+
+
+def read(folder: Path = FOLDER) -> dict[str, tuple]:
+    """Every table by its name."""
+    tables: dict[str, list] = {}
+    for file_name, kind in FILES.items():
+        with (folder / file_name).open(newline="", encoding="utf-8") as file:
+            for cells in csv.DictReader(file):
+                tables.setdefault(cells.pop("table"), []).append(_entry(kind, cells))
+    for name, table in tables.items():
+        check(name, table)
+    return {name: tuple(table) for name, table in tables.items()}
+
+
+def _entry(kind: type, cells: dict[str, str]):
+    measured = cells.pop("measured")
+    sizes = {name: ANY if cell == "any" else int(cell) for name, cell in cells.items()}
+    return kind(**sizes, measured=measured)
+
+
+_TABLES = read()
+INT_GEMM_TILES = _TABLES["INT_GEMM_TILES"]  # smaller ones where N is: more programs
+# Groups need two accumulators: 128 x 128 spills on sm_89.
+INT_GEMM_GROUPED_TILES = _TABLES["INT_GEMM_GROUPED_TILES"]
+# Up to SPLIT_K_MAX_M rows K is split, in parts of SPLIT_K_MIN_COLUMNS at least, until there are
+# SPLIT_K_PROGRAMS programs a multiprocessor; a second kernel adds the parts of a row.
+SPLIT_K_MAX_M, SPLIT_K_MIN_COLUMNS, SPLIT_K_PROGRAMS = 64, 512, 4
+ADD_PARTS_BLOCK_N = 512
+
+# M = 1: a GEMV. Groups need two accumulators: with 128 x 128 they spill. fp32 x has no matrix
+# units, and smaller tiles.
+WEIGHT_ONLY_TILES = _TABLES["WEIGHT_ONLY_TILES"]
+WEIGHT_ONLY_FP32_TILES = _TABLES["WEIGHT_ONLY_FP32_TILES"]
+
 # Up to 16 rows: decode. One warp where the second product is a single 16 x 16 tile.
-KV_ATTENTION_TILES = (
-    AttentionTile(16, 64, 16, 16, 64, 1, 2),
-    AttentionTile(16, 128, 16, 16, 32, 1, 2),
-    AttentionTile(16, 256, 32, 16, 128, 4, 2),
-    AttentionTile(16, 128, 64, 16, 64, 4, 2),
-    AttentionTile(16, 256, 64, 16, 32, 4, 2),
-    AttentionTile(16, 256, 128, 16, 32, 4, 3),
-    AttentionTile(64, 128, 64, 64, 32, 4, 2),
-    AttentionTile(ANY, 128, 32, 128, 64, 8, 2),
-    AttentionTile(ANY, 128, 64, 64, 32, 4, 2),
-    AttentionTile(ANY, 256, 128, 32, 32, 4, 2),
-)
-KV_ATTENTION_FP32_TILES = (
-    AttentionTile(ANY, 64, 32, 16, 32, 4, 2),
-    AttentionTile(ANY, 128, 64, 16, 16, 4, 2),
-    AttentionTile(ANY, 256, 128, 16, 32, 8, 2),
-)
+KV_ATTENTION_TILES = _TABLES["KV_ATTENTION_TILES"]
+KV_ATTENTION_FP32_TILES = _TABLES["KV_ATTENTION_FP32_TILES"]
 
 
 def head_words(head_dim: int, storage_bits: int) -> int:
