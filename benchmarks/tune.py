@@ -212,8 +212,9 @@ def entry_results(
         why_not.update((t, reason) for t, reason in zip(left, reasons, strict=True) if reason)
     right = [tile for tile in found if tile not in why_not]
     print(f"{sweep.name} {tables.text_of(entry)}: {len(right)} of {len(found)} candidates right")
-    if not right:
-        print(f"  not measured: {why_not[found[0]]}", file=sys.stderr)
+    own_reason = why_not.get(found[0], "")
+    if not right or own_reason.startswith("not checked"):  # no memory, say: no fault of the tile's
+        print(f"  not measured: {own_reason}", file=sys.stderr)
         return
     final = finalists(clock, sweep.table, right, cases)
     for case in cases:

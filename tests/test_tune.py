@@ -96,7 +96,7 @@ def test_every_entry_is_compiled():
     "table,message",
     [
         ([Tile(ANY, ANY, 48, 64, 64, 4, 3)], "BLOCK_M must be a power of two, got 48"),
-        ([Tile(ANY, ANY, 64, 64, 64, 4, 5)], "num_stages must be a power of two, got 5"),
+        ([Tile(ANY, ANY, 64, 64, 64, 4, 9)], "num_stages must be from 1 to 8, got 9"),
         ([Tile(ANY, ANY, 1, 64, 64, 4, 3)], "BLOCK_M must be at least 16, or 1 for a row"),
         ([Tile(64, ANY, 16, 64, 64, 4, 3), Tile(16, 64, 16, 64, 64, 4, 3)], "entry 1 is for what"),
         ([Tile(16, ANY, 16, 64, 64, 4, 3), Tile(ANY, 64, 16, 64, 64, 4, 3)], "the last entry must"),
@@ -279,6 +279,8 @@ def test_tiles_are_replaced_and_put_back():
 class InThisProcess:
     """Workers that are none. Of the candidates for entry 1 its own is refused."""
 
+    reason = "wrong: one"
+
     def __init__(self, _):
         pass
 
@@ -292,7 +294,7 @@ class InThisProcess:
         reasons = [call(candidate)[0] for candidate in candidates]
         assert reasons == [None] * len(candidates)
         own_tile = own("INT_GEMM_TILES", 1)
-        return ["wrong" if tables.tile_of(c.tile) == own_tile else None for c in candidates]
+        return [self.reason if tables.tile_of(c.tile) == own_tile else None for c in candidates]
 
 
 def test_a_sweep(folder, monkeypatch, capsys):
@@ -319,6 +321,11 @@ def test_a_sweep(folder, monkeypatch, capsys):
     assert ["4 shapes" in t.measured for t in written] == [True, True, False, False]
     assert written[1].BLOCK_M in (16, 32)
     assert "the old one was refused" in capsys.readouterr().out
+    path.unlink()  # and where its own could not be checked, nothing is said of entry 1
+    monkeypatch.setattr(InThisProcess, "reason", "not checked: OutOfMemoryError")
+    assert tune.main(command) == 0
+    assert [json.loads(line)["sizes"]["M"] for line in path.read_text().splitlines()] == [1] * 4
+    assert "  not measured: not checked: OutOf" in capsys.readouterr().err
 
 
 def test_a_worker_that_had_a_fault_is_replaced():

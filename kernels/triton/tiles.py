@@ -14,6 +14,7 @@ ANY = float("inf")
 PREDICTED = "not measured: predicted"
 FOLDER = Path(__file__).parent
 SMALLEST_BLOCK_M = 16  # of the matrix units; a GEMV has 1
+STAGES, POWERS = range(1, 9), [1 << log2 for log2 in range(11)]
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ def check(name: str, table: Iterable):
     limits = [[getattr(t, limit) for limit in limit_names(type(t))] for t in table]
     for i, t in enumerate(table):
         for key in tile_names(type(t)):
-            value = getattr(t, key)
-            power_of_two = type(value) is int and value > 0 and value & (value - 1) == 0
-            if not power_of_two and (key != "num_stages" or value != 3):
-                raise ValueError(f"{name}: {key} must be a power of two, got {value!r}")
+            value, is_stages = getattr(t, key), key == "num_stages"
+            if value not in (STAGES if is_stages else POWERS):
+                kind = "from 1 to 8" if is_stages else "a power of two"
+                raise ValueError(f"{name}: {key} must be {kind}, got {value!r}")
         if t.BLOCK_M < SMALLEST_BLOCK_M and not t.BLOCK_M == limits[i][0] == 1:
             raise ValueError(f"{name}: BLOCK_M must be at least {SMALLEST_BLOCK_M}, or 1 for a row")
-        if any(all(map(float.__ge__, map(float, e), map(float, limits[i]))) for e in limits[:i]):
+        if any(all(a >= b for a, b in zip(e, limits[i], strict=True)) for e in limits[:i]):
             raise ValueError(f"{name}: entry {i} is for what an earlier one is for")
     if limits[-1] != [max(column) for column in zip(*limits, strict=True)]:
         raise ValueError(f"{name}: the last entry must be for all that the others are for")
