@@ -56,7 +56,7 @@ struct Fiber {
   bool started = false, done = false;
   const char* waits_for = nullptr;
   std::function<bool()> ready;
-  Groups groups[2];
+  Groups groups[3];  // by Engine
 };
 
 struct Async {

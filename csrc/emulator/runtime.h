@@ -75,8 +75,8 @@ void cluster_barrier();
 // `copy` happens some time later, after those queued before it in the same `order` (0: no order).
 void queue_async(uint64_t order, std::function<void()> copy);
 
-// Per-thread groups of deferred work: cp.async of a thread, wgmma of a warpgroup's first thread.
-enum class Engine { kCopy, kMatrix };
+// Per-thread groups of deferred work: cp.async, wgmma, bulk stores.
+enum class Engine { kCopy, kMatrix, kStore };
 void defer(Engine engine, std::function<void()> work);
 void commit(Engine engine);
 void wait_group(Engine engine, int pending);  // until at most `pending` groups are left
