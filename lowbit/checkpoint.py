@@ -109,7 +109,7 @@ def load(
     restore_rotary(model, adapter.rotary_path, device or "cpu")
     if (folder / GENERATION_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    set_backend(model, backend)
+    set_backend(model, backend)  # and lay the weights out for it and the device
     return model.eval().requires_grad_(False)
 
 

@@ -1,12 +1,16 @@
 """Tiny packed models: tests/models.py's Llama with RTN weights and every online rotation."""
 
+import torch
 from models import tiny_llama
 
+from lowbit import cuda
 from lowbit.config import LowbitConfig
 from lowbit.evaluate.fake_quant import rotate
-from lowbit.formats import QuantFormat
+from lowbit.formats import Layout, QuantFormat
 from lowbit.models import adapter_for
 from lowbit.nn import swap
+from lowbit.ops.dispatch import Backend
+from lowbit.ops.int_gemm import DEFAULTS, INT_GEMM
 from lowbit.rounding import RTN
 from lowbit.transforms.online import OnlineTransform
 
@@ -49,3 +53,26 @@ def pack_model(model, format: str, kind: str | None = "hadamard", clip: float = 
 def pack_weight(weight, format):
     """RTN codes of one weight, as QuantLinear stores them."""
     return RTN().round(weight, format)[0]
+
+
+def pretend_cuda(monkeypatch, sm: int) -> list[tuple]:
+    """As if CPU tensors lay on a GPU of that architecture, whose int_gemm is the reference behind
+    what a kernel asks for: prepared weights, and activations that suit them. Returns the calls."""
+    calls = []
+
+    def why_not_cuda(*tensors):
+        here = all(t is None or t.device == torch.device("cpu") for t in tensors)
+        return None if here else "the tensors are elsewhere"
+
+    def why_not_int_gemm(*args):
+        (_, w_layout, _), packed = (*args, *DEFAULTS[len(args) - 10 :])[10:], args[7]
+        if w_layout == Layout.ROW_MAJOR or packed != (w_layout == Layout.FRAGMENT_INT4):
+            return f"it reads no weights {w_layout} with packed={packed}"
+        calls.append((w_layout, packed))
+        return why_not_cuda(args[3])
+
+    monkeypatch.setattr(cuda, "why_not_cuda", why_not_cuda)
+    monkeypatch.setattr(cuda, "sm", lambda device=None: sm)
+    kernel = Backend(why_not_int_gemm, "lowbit.ops.int_gemm:_reference")
+    monkeypatch.setitem(INT_GEMM.backends, "cuda", kernel)
+    return calls

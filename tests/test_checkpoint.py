@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from models import tiny_llama, tiny_tokenizer, tiny_tokens
+from packed import pretend_cuda
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,6 +16,8 @@ from lowbit.config import VERSION
 from lowbit.errors import InputError
 from lowbit.evaluate.fake_quant import to_fake
 from lowbit.evaluate.size import folder_bytes, size_of
+from lowbit.formats import Layout
+from lowbit.nn import QuantLinear
 from lowbit.quantize import quantize
 
 PROMPT = tiny_tokens(2, 20)
@@ -102,6 +105,30 @@ def test_backend_is_set_on_every_packed_module(folder):
     assert backends == {"reference"}
     with pytest.raises(InputError, match="backend must be one of .*got 'gpu'"):
         load(folder, backend="gpu")
+
+
+def layouts_of(model) -> set[Layout]:
+    return {m.layout for m in model.modules() if isinstance(m, QuantLinear)}
+
+
+@pytest.mark.parametrize(
+    "sm, layout", [(80, Layout.FRAGMENT_INT4), (90, Layout.FRAGMENT)], ids=["80", "90"]
+)
+def test_prepared_model_saves_what_it_was_loaded_from(tmp_path, folder, sm, layout, monkeypatch):
+    plain = load(folder)
+    assert layouts_of(plain) == {Layout.ROW_MAJOR}
+    pretend_cuda(monkeypatch, sm)
+    model = load(folder)
+    assert layouts_of(model) == {layout}
+    assert layouts_of(load(folder, backend="reference")) == {Layout.ROW_MAJOR}
+    save(model, tmp_path / "again", tiny_tokenizer())
+    for file in folder.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+    assert_same_tensors(model, plain)
+    with torch.inference_mode():
+        assert torch.equal(model(PROMPT).logits, plain(PROMPT).logits)
+        fake = to_fake(model)(PROMPT).logits  # in place: from codes of the canonical layout
+        assert torch.equal(fake, to_fake(plain)(PROMPT).logits)
 
 
 class Allocations(TorchDispatchMode):

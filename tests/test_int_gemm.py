@@ -7,9 +7,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers import assert_bitwise, assert_no_worse_than_torch, assert_registered, poison
+from packed import pretend_cuda
 
 from lowbit.formats import IntFormat, Layout, PackedTensor
 from lowbit.ops import dequantize, int_gemm, quantize, to_layout
+from lowbit.ops.dispatch import Backend
 
 module = importlib.import_module("lowbit.ops.int_gemm")  # lowbit.ops.int_gemm is the function
 
@@ -160,6 +162,52 @@ def test_bias_comes_before_residual():
     assert (1.0 + (bias + residual)).item() > 1.0
     minus_one = torch.full((1, 1), -1.0)  # 1 + 2^-24 is 1 again; 1 - 1 + 2^-24 would not be 0
     assert int_gemm(x, w, bias, torch.float32, residual=minus_one).item() == 0.0
+
+
+GROUPED, TWO_LEVEL = IntFormat(4, True, 64), IntFormat(4, True, 64, True)
+
+
+@pytest.mark.parametrize(
+    ("w", "x", "N", "K", "sm", "expected"),
+    [
+        (IntFormat(4), IntFormat(4), 64, 64, 80, Layout.FRAGMENT_INT4),
+        (IntFormat(4), IntFormat(4, False), 8, 16, 89, Layout.FRAGMENT_INT4),
+        (TWO_LEVEL, IntFormat(4), 64, 64, 86, Layout.FRAGMENT_INT4),
+        (IntFormat(4), IntFormat(4), 64, 64, 90, Layout.FRAGMENT),
+        (IntFormat(4), IntFormat(4), 64, 64, 120, Layout.FRAGMENT),
+        (IntFormat(4), IntFormat(8), 64, 64, 80, Layout.FRAGMENT),
+        (IntFormat(4), IntFormat(3), 64, 64, 80, Layout.FRAGMENT),
+        (IntFormat(8), IntFormat(4), 64, 64, 80, Layout.FRAGMENT),
+        (IntFormat(6), IntFormat(6, False), 64, 64, 80, Layout.FRAGMENT),
+        (TWO_LEVEL, IntFormat(8), 64, 128, 90, Layout.FRAGMENT),
+        (IntFormat(4, True, 32, True), IntFormat(8), 64, 64, 90, None),
+        (GROUPED, IntFormat(8), 64, 64, 90, None),
+        (IntFormat(4, False), IntFormat(8), 64, 64, 90, None),
+        (IntFormat(3), IntFormat(4), 64, 64, 80, None),
+        (IntFormat(2), IntFormat(8), 64, 64, 90, None),
+        (IntFormat(4), IntFormat(4), 60, 64, 80, None),
+        (IntFormat(4), IntFormat(4), 64, 72, 80, None),
+    ],
+)
+def test_layout_that_the_cuda_kernels_want(w, x, N, K, sm, expected):
+    assert module.cuda_layout(w, x, K, N, sm) is expected
+
+
+def test_weights_are_laid_out_where_the_cuda_kernel_takes_them(monkeypatch):
+    w, formats = exact_w(8, 64, 4), (IntFormat(4), torch.float16)
+    assert module.laid_out_for_device(w, *formats) is w  # on a CPU
+    pretend_cuda(monkeypatch, 90)
+    assert_bitwise(module.laid_out_for_device(w, *formats), to_layout(w, Layout.FRAGMENT))
+    prepared = to_layout(w, Layout.FRAGMENT_INT4)  # for another device
+    assert_bitwise(module.laid_out_for_device(prepared, *formats), to_layout(w, Layout.FRAGMENT))
+    for N in (7, 12):  # N % 8
+        assert module.laid_out_for_device(exact_w(N, 64, 4), *formats).layout is Layout.ROW_MAJOR
+    refusing = Backend(lambda *args: "not fp32" if args[9] == torch.float32 else None)
+    monkeypatch.setitem(module.INT_GEMM.backends, "cuda", refusing)
+    assert module.laid_out_for_device(w, *formats).layout is Layout.FRAGMENT
+    assert module.laid_out_for_device(w, IntFormat(4), torch.float32) is w
+    prepared = to_layout(w, Layout.FRAGMENT)
+    assert_bitwise(module.laid_out_for_device(prepared, IntFormat(4), torch.float32), w)
 
 
 def test_output_is_fp16_by_default():

@@ -1,19 +1,26 @@
 """QuantLinear: what its ops get, what it saves, what it refuses."""
 
+import copy
+
 import pytest
 import torch
-from packed import pack_weight
+from helpers import assert_bitwise
+from packed import pack_weight, pretend_cuda
 
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, Layout, PackedTensor
-from lowbit.nn import QuantLinear
+from lowbit.nn import QuantLinear, prepare, set_backend
 from lowbit.nn.linear import check_same_input, shared_input
-from lowbit.ops import dequantize, hadamard, int_gemm, quantize, weight_only_gemm
+from lowbit.ops import dequantize, hadamard, int_gemm, quantize, to_layout, weight_only_gemm
+from lowbit.ops.dispatch import Backend
+from lowbit.ops.hadamard_quant import HADAMARD_QUANT
+from lowbit.ops.quantize import QUANTIZE
 from lowbit.transforms.online import OnlineTransform
 
 INT4, INT8, ASYM4 = IntFormat(4), IntFormat(8), IntFormat(4, symmetric=False)
 HADAMARD, HARTLEY = OnlineTransform("hadamard", 12, 4), OnlineTransform("hartley", 3, 16)
 N, K = 24, 96
+REFERENCE = "lowbit.ops."
 
 
 def packed(format=INT4, seed=0):
@@ -117,6 +124,118 @@ def test_backend_is_handed_to_the_ops():
     linear.backend = "cuda"
     with pytest.raises(RuntimeError, match="'cuda' was asked for"):
         linear(torch.randn(3, K))
+
+
+PREPARED = pytest.mark.parametrize(
+    "sm, weight, activation, layout",
+    [
+        (80, INT4, INT4, Layout.FRAGMENT_INT4),
+        (80, INT4, INT8, Layout.FRAGMENT),
+        (90, INT4, INT4, Layout.FRAGMENT),
+        (90, INT8, IntFormat(8, symmetric=False), Layout.FRAGMENT),
+    ],
+    ids=str,
+)
+
+
+@PREPARED
+@pytest.mark.parametrize("transform", [None, HADAMARD], ids=str)
+def test_prepared_layer_asks_for_what_its_kernel_reads(
+    sm, weight, activation, layout, transform, monkeypatch
+):
+    x, bias = torch.randn(2, 5, K), torch.randn(N)
+    plain = QuantLinear.from_packed(packed(weight), bias, activation, 0.9, transform)
+    assert plain.layout is Layout.ROW_MAJOR and plain.input_layout is Layout.BYTES
+    expected = plain(x)
+    calls = pretend_cuda(monkeypatch, sm)
+    linear = QuantLinear.from_packed(packed(weight), bias, activation, 0.9, transform)
+    calls.clear()
+    linear.backend = "cuda"  # int_gemm refuses another layout of either operand
+    monkeypatch.setitem(
+        QUANTIZE.backends, "cuda", Backend(lambda *a: None, REFERENCE + "quantize:_reference")
+    )
+    monkeypatch.setitem(
+        HADAMARD_QUANT.backends,
+        "cuda",
+        Backend(lambda *a: None, REFERENCE + "hadamard_quant:_reference"),
+    )
+    packs = layout is Layout.FRAGMENT_INT4
+    assert linear.layout is layout
+    assert_bitwise(linear(x), expected)
+    shared = linear.quantize_input(x)
+    assert shared.layout is (Layout.ROW_MAJOR if packs else Layout.BYTES)
+    assert_bitwise(linear(shared), expected)
+    assert calls == 2 * [(layout.value, packs)]
+    # a layer that shares this input may have asked for the other layout
+    linear.backend = None
+    for other in (Layout.ROW_MAJOR, Layout.BYTES):
+        assert_bitwise(linear(to_layout(shared, other)), expected)
+    assert calls == 4 * [(layout.value, packs)]
+
+
+@PREPARED
+def test_prepared_layer_saves_and_loads_the_canonical_weight(
+    sm, weight, activation, layout, monkeypatch
+):
+    expected, other = packed(weight), packed(weight, seed=1)
+    pretend_cuda(monkeypatch, sm)
+    linear = QuantLinear.from_packed(expected, torch.randn(N), activation)
+    assert linear.layout is layout and linear.codes.dim() == 3
+    assert_bitwise(linear.packed_weight, expected)
+    state = linear.state_dict()
+    assert_bitwise((state["codes"], state["scale"]), (expected.codes, expected.scale))
+    assert not state["codes"].requires_grad
+    for assign in (False, True):
+        linear.load_state_dict({**state, "codes": other.codes}, assign=assign)
+        assert linear.layout is layout
+        assert_bitwise(linear.packed_weight.codes, other.codes)
+    with pytest.raises(RuntimeError, match="size mismatch for codes"):
+        linear.load_state_dict({**state, "codes": linear.codes})
+    linear.assign(expected)
+    assert linear.layout is layout
+    assert_bitwise(linear.packed_weight, expected)
+
+
+def test_prepared_layer_moves_to_where_no_kernel_is(monkeypatch):
+    """As .to("cpu") on a machine with a GPU: the weight is ROW_MAJOR again, and back."""
+    expected, x = packed(), torch.randn(3, K)
+    plain = QuantLinear.from_packed(expected, None, INT4)
+    with monkeypatch.context() as patch:
+        pretend_cuda(patch, 80)
+        linear = QuantLinear.from_packed(expected, None, INT4)
+        assert linear.layout is Layout.FRAGMENT_INT4
+        away = copy.deepcopy(linear).to("meta")
+        assert away.layout is Layout.ROW_MAJOR and away.codes.shape == expected.codes.shape
+        linear.to(torch.bfloat16).to(torch.float32)
+        assert linear.layout is Layout.FRAGMENT_INT4
+    linear.to("cpu")
+    assert linear.layout is Layout.ROW_MAJOR
+    assert_bitwise(linear.packed_weight, expected)
+    assert_bitwise(linear(x), plain(x))
+
+
+def test_prepared_layer_is_one_graph(monkeypatch):
+    pretend_cuda(monkeypatch, 80)
+    linear, x = QuantLinear.from_packed(packed(), torch.randn(N), INT4), torch.randn(3, K)
+    assert linear.layout is Layout.FRAGMENT_INT4
+    torch.compiler.reset()
+    assert_bitwise(torch.compile(linear, fullgraph=True, backend="aot_eager")(x), linear(x))
+
+
+def test_layers_are_prepared_for_their_backend(monkeypatch):
+    pretend_cuda(monkeypatch, 90)
+    model = torch.nn.Sequential(
+        QuantLinear.from_packed(packed(), None, INT4), QuantLinear.from_packed(packed(), None)
+    )
+    expected = packed()
+    for backend in ("triton", None, "reference", "cuda"):
+        set_backend(model, backend)
+        prepared = Layout.FRAGMENT if backend in (None, "cuda") else Layout.ROW_MAJOR
+        assert [m.layout for m in model] == [prepared, Layout.ROW_MAJOR]  # weight-only: never
+        assert all(torch.equal(m.packed_weight.codes, expected.codes) for m in model)
+    model[0].backend = "reference"
+    prepare(model)
+    assert model[0].layout is Layout.ROW_MAJOR
 
 
 def test_repr_says_what_it_is():

@@ -2,24 +2,24 @@
 
 import pytest
 import torch
-from packed import pack_weight, packed_llama
+from helpers import assert_bitwise
+from packed import pack_weight, packed_llama, pretend_cuda
 from transformers.activations import ACT2FN
 
 from lowbit.errors import InputError
-from lowbit.formats import IntFormat
-from lowbit.nn import QuantLinear, QuantMLP
+from lowbit.formats import IntFormat, Layout
+from lowbit.nn import QuantLinear, QuantMLP, prepare
 from lowbit.nn.mlp import ACTIVATIONS
 from lowbit.transforms.online import OnlineTransform
 
 
-def mlp(kind="hadamard", act="silu", bits=8, down=None):
+def mlp(kind="hadamard", act="silu", bits=8, down=None, w_bits=8):
     torch.manual_seed(0)
     down = OnlineTransform(kind, 96) if kind and down is None else down
+    weights, grid = IntFormat(w_bits), IntFormat(bits)
     gate, up, down = (
-        QuantLinear.from_packed(
-            pack_weight(torch.randn(n, k) / 8, IntFormat(8)), None, IntFormat(bits), 1.0, transform
-        )
-        for n, k, transform in ((96, 64, None), (96, 64, None), (64, 96, down))
+        QuantLinear.from_packed(pack_weight(torch.randn(n, k) / 8, weights), None, grid, 1.0, t)
+        for n, k, t in ((96, 64, None), (96, 64, None), (64, 96, down))
     )
     return QuantMLP(gate, up, down, act)
 
@@ -34,6 +34,30 @@ def test_equals_its_linears_one_by_one(kind, act):
     # torch's gelu and the op's may differ in the last bit, which can move a code by one step
     step = expected.abs().max() / 127
     torch.testing.assert_close(module(x), expected, rtol=0, atol=step.item())
+
+
+@pytest.mark.parametrize("sm, bits", [(80, 4), (80, 8), (90, 4)])
+@pytest.mark.parametrize("down", [4, 8])
+def test_prepared_linears_get_the_layout_they_read(sm, bits, down, monkeypatch):
+    """Packed codes for 4 x 4 bits on sm_80: of x, once for gate and up, and of the hidden."""
+    module, x = mlp(bits=bits, w_bits=4), torch.randn(2, 5, 64)
+    if down == 8:  # other weights than gate and up: another layout
+        weight = pack_weight(torch.randn(64, 96) / 8, IntFormat(8))
+        transform = module.down_proj.transform
+        module.down_proj = QuantLinear.from_packed(weight, None, IntFormat(bits), 1.0, transform)
+    expected = module(x)
+    calls = pretend_cuda(monkeypatch, sm)
+    prepare(module)
+    calls.clear()
+    got = module(x)
+    layouts = [
+        (Layout.FRAGMENT_INT4.value, True)
+        if sm == 80 and bits == w_bits == 4
+        else (Layout.FRAGMENT.value, False)
+        for w_bits in (4, 4, down)
+    ]
+    assert_bitwise(got, expected)
+    assert calls == layouts
 
 
 def test_names_stay_those_of_the_model():

@@ -2,8 +2,16 @@
 
 from lowbit.nn.attention import QuantAttention
 from lowbit.nn.kv_cache import QuantKVCache
-from lowbit.nn.linear import QuantLinear
+from lowbit.nn.linear import QuantLinear, prepare
 from lowbit.nn.mlp import QuantMLP
 from lowbit.nn.swap import set_backend, swap
 
-__all__ = ["QuantAttention", "QuantKVCache", "QuantLinear", "QuantMLP", "set_backend", "swap"]
+__all__ = [
+    "QuantAttention",
+    "QuantKVCache",
+    "QuantLinear",
+    "QuantMLP",
+    "prepare",
+    "set_backend",
+    "swap",
+]

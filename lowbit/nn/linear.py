@@ -5,6 +5,10 @@
 
 State dict: codes, scale, zero_point (asymmetric weights only), channel_scale (two-level scales
 only), bias; canonical layout.
+
+In memory the codes of a layer with quantized inputs lie as the kernels of their device read them
+(`QuantLinear.prepare`, `layout`), and are laid out anew when they are assigned, loaded or moved. So
+on a CPU they are ROW_MAJOR, and what is saved is ROW_MAJOR wherever it comes from.
 """
 
 from functools import cache
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, Layout, PackedTensor
 from lowbit.ops import hadamard, hadamard_quant, int_gemm, quantize, to_layout, weight_only_gemm
+from lowbit.ops.int_gemm import input_layout, laid_out_for_device
 from lowbit.transforms.online import OnlineTransform
 
 
@@ -62,6 +67,7 @@ class QuantLinear(nn.Module):
         self.activation_clip, self.transform = activation_clip, transform
         self.dtype = dtype
         self.backend: str | None = None
+        self.layout = Layout.ROW_MAJOR  # of self.codes, at this time
 
         groups = weight_format.num_groups(in_features)
         row_bytes = in_features * weight_format.storage_bits // 8
@@ -111,20 +117,43 @@ class QuantLinear(nn.Module):
         if got != expected:
             raise InputError(f"packed weight must be {expected}, got {got}")
         self.codes, self.scale = frozen(weight.codes), frozen(weight.scale)
+        self.layout = Layout.ROW_MAJOR
         if weight.zero_point is not None:
             self.zero_point = frozen(weight.zero_point)
         if weight.channel_scale is not None:
             self.channel_scale = frozen(weight.channel_scale)
+        self.prepare()
+
+    def prepare(self):
+        """Lay the codes out for the kernels that will read them: those of `backend` and of the
+        device where they lie. Another call, after either has changed, undoes it where need be."""
+        if self.activation_format is None:
+            return
+        weight = self.prepared_weight
+        if self.backend in (None, "cuda"):
+            self._set_codes(laid_out_for_device(weight, self.activation_format, self.dtype))
+        else:
+            self._set_codes(to_layout(weight, Layout.ROW_MAJOR))
+
+    def _set_codes(self, weight: PackedTensor):
+        if weight.layout is not self.layout:
+            self.codes, self.layout = frozen(weight.codes), weight.layout
 
     @property
     def packed_weight(self) -> PackedTensor:
+        """The weight in the canonical layout; a copy of its codes where the layer is prepared."""
+        return to_layout(self.prepared_weight, Layout.ROW_MAJOR)
+
+    @property
+    def prepared_weight(self) -> PackedTensor:
+        """The weight as int_gemm gets it."""
         shape = torch.Size((self.out_features, self.in_features))
         return PackedTensor(
             self.codes,
             self.scale,
             self.zero_point,
             self.weight_format,
-            Layout.ROW_MAJOR,
+            self.layout,
             shape,
             self.channel_scale,
         )
@@ -134,7 +163,13 @@ class QuantLinear(nn.Module):
         if self.activation_format is None:
             raise ValueError("quantize_input needs an activation_format: this layer is weight-only")
         if self.transform is None:
-            return quantize(x, self.activation_format, self.activation_clip, backend=self.backend)
+            return quantize(
+                x,
+                self.activation_format,
+                self.activation_clip,
+                self.input_layout,
+                backend=self.backend,
+            )
         return hadamard_quant(
             x,
             self.activation_format,
@@ -142,23 +177,32 @@ class QuantLinear(nn.Module):
             self.transform.inner,
             rotation_matrix(self.transform, x.device),
             self.activation_clip,
+            self.input_layout,
             backend=self.backend,
         )
 
+    @property
+    def input_layout(self) -> Layout:
+        """The layout of a quantized input that suits this weight's kernel."""
+        return input_layout(self.layout)
+
     def forward(self, x: Tensor | PackedTensor) -> Tensor:
         if isinstance(x, PackedTensor):
-            return int_gemm(x, self.packed_weight, self.bias, self.dtype, backend=self.backend)
+            if self.layout is not Layout.ROW_MAJOR:  # a layer that shares x may have wanted another
+                x = to_layout(x, self.input_layout, self.backend)
+            return int_gemm(x, self.prepared_weight, self.bias, self.dtype, backend=self.backend)
         if self.activation_format is not None:
             packed = self.quantize_input(x)
-            return int_gemm(packed, self.packed_weight, self.bias, x.dtype, backend=self.backend)
+            return int_gemm(packed, self.prepared_weight, self.bias, x.dtype, backend=self.backend)
         if self.transform is not None:
             matrix = rotation_matrix(self.transform, x.device)
             order, inner = self.transform.order, self.transform.inner
             x = hadamard(x, order, inner, matrix, backend=self.backend)
-        return weight_only_gemm(x, self.packed_weight, self.bias, backend=self.backend)
+        return weight_only_gemm(x, self.prepared_weight, self.bias, backend=self.backend)
 
     def _apply(self, fn, recurse=True):
-        """model.to(dtype) changes what the layer computes in, never the scales it was given."""
+        """model.to(dtype) changes what the layer computes in, never the scales it was given;
+        model.to(device) lays the codes out as that device's kernels read them."""
         scales = {"scale": self.scale, "channel_scale": self.channel_scale}
         # what their data was, also after it is replaced
         given = {name: scale.detach() for name, scale in scales.items() if scale is not None}
@@ -167,7 +211,18 @@ class QuantLinear(nn.Module):
             if getattr(self, name).dtype != scale.dtype:
                 getattr(self, name).data = scale.to(self.codes.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.prepare()
         return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout is not Layout.ROW_MAJOR:
+            destination[prefix + "codes"] = self.packed_weight.codes
+
+    def _load_from_state_dict(self, *args):
+        self._set_codes(self.packed_weight)  # what is loaded is ROW_MAJOR
+        super()._load_from_state_dict(*args)
+        self.prepare()
 
     def extra_repr(self) -> str:
         activation = self.activation_format
@@ -186,6 +241,17 @@ def _describe(grid: IntFormat) -> str:
     group = "" if grid.group_size is None else f"g{grid.group_size}"
     levels = "-twolevel" if grid.two_level else ""
     return f"int{grid.bits}{group}{'' if grid.symmetric else '-asym'}{levels}"
+
+
+def prepare(model: nn.Module):
+    """Lay out the weights of every QuantLinear of `model` for its backend and device.
+
+    They do so themselves when they are assigned, loaded from a state dict or moved, and set_backend
+    calls this: it is for who writes to a layer's `backend` or `codes` directly.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.prepare()
 
 
 def shared_input(linear: nn.Module, x: Tensor) -> Tensor | PackedTensor:

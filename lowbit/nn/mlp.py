@@ -58,6 +58,7 @@ class QuantMLP(nn.Module):
             None if transform is None else rotation_matrix(transform, x.device),
             self.activation,
             down.activation_clip,
+            down.input_layout,
             backend=self.backend,
         )
         return down(hidden)

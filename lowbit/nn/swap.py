@@ -10,7 +10,7 @@ from lowbit.errors import InputError
 from lowbit.models.spaces import Adapter
 from lowbit.nn.attention import IMPLEMENTATION, QuantAttention
 from lowbit.nn.kv_cache import QuantKVCache
-from lowbit.nn.linear import QuantLinear, frozen
+from lowbit.nn.linear import QuantLinear, frozen, prepare
 from lowbit.nn.mlp import QuantMLP
 from lowbit.ops.dispatch import BACKENDS
 from lowbit.transforms.online import OnlineTransform
@@ -90,12 +90,16 @@ def _quant_linear(
 
 
 def set_backend(model: nn.Module, backend: str | None):
-    """Name the backend every quantized module runs its ops on; None: the first that can."""
+    """Name the backend every quantized module runs its ops on; None: the first that can.
+
+    Weights are laid out for it: QuantLinear.prepare.
+    """
     if backend is not None and backend not in BACKENDS:
         raise InputError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
     for module in model.modules():
         if isinstance(module, (QuantLinear, QuantMLP, QuantAttention)):
             module.backend = backend
+    prepare(model)
 
 
 def use_quant_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
