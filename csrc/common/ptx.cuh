@@ -134,6 +134,36 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, int b
 #endif
 }
 
+// How long what is read stays in L2: kFirst for what is read once.
+enum class Evict { kNormal, kFirst };
+
+__device__ __forceinline__ uint64_t l2_policy(Evict evict) {
+#ifdef LOWBIT_EMULATE
+  return static_cast<uint64_t>(evict);
+#else
+  uint64_t policy;
+  if (evict == Evict::kFirst) {
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  } else {
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
+  }
+  return policy;
+#endif
+}
+
+// cp_async_16 with a policy of l2_policy.
+__device__ __forceinline__ void cp_async_16_policy(uint32_t to, const void* from, int bytes,
+                                                   uint64_t policy) {
+#ifdef LOWBIT_EMULATE
+  (void)policy;
+  emulator::cp_async_16(to, from, bytes);
+#else
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to),
+               "l"(from), "r"(bytes), "l"(policy)
+               : "memory");
+#endif
+}
+
 __device__ __forceinline__ void cp_async_commit() {
 #ifdef LOWBIT_EMULATE
   emulator::commit(emulator::Engine::kCopy);
@@ -149,6 +179,35 @@ __device__ __forceinline__ void cp_async_wait() {
   emulator::wait_group(emulator::Engine::kCopy, kPending);
 #else
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// ---- between blocks ----------------------------------------------------------------------------
+
+// What this thread wrote before is seen by whoever sees what it writes afterwards.
+__device__ __forceinline__ void fence_device() {
+#ifndef LOWBIT_EMULATE  // its blocks run one after the other
+  __threadfence();
+#endif
+}
+
+// The value before; no ordering of other accesses.
+__device__ __forceinline__ int atomic_add(int* to, int value) {
+#ifdef LOWBIT_EMULATE
+  const int before = *to;
+  *to += value;
+  return before;
+#else
+  return atomicAdd(to, value);
+#endif
+}
+
+// From L2, where other blocks' stores are: an L1 is not coherent.
+__device__ __forceinline__ int4 load_l2(const int4* from) {
+#ifdef LOWBIT_EMULATE
+  return *from;
+#else
+  return __ldcg(from);
 #endif
 }
 
