@@ -33,6 +33,7 @@ FLAGS = (
     "-std=c++17",
     "-O3",
     "-lineinfo",
+    "-fmad=false",  # rounds after each operation, as the references do; fmaf() fuses where meant
     "-Xptxas=-v",
     "-Xfatbin=-compress-all",  # a quarter of the size
     f"-Xcompiler={HOST_FLAGS}",

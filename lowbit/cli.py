@@ -113,7 +113,8 @@ def parser() -> Parser:
     p.add_argument("--device", help="cuda (default), or cpu to time the references on tiny shapes")
     p.add_argument("--csv", metavar="FILE", help="append the rows to FILE")
 
-    command("doctor", commands.run_doctor, "What this machine can run, and why not the rest.")
+    p = command("doctor", commands.run_doctor, "What this machine can run, and why not the rest.")
+    p.add_argument("--kernels", action="store_true", help="list every CUDA kernel of the library")
 
     p = command("demo", demo.run, "Quantize SmolLM2-135M to w4a4kv4, run it, compare.")
     p.add_argument("-o", "--output", default="out/smollm2-135m-w4a4kv4", metavar="DIR")

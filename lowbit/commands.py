@@ -267,5 +267,5 @@ def run_bench(args) -> Result:
 
 
 def run_doctor(args) -> Result:
-    result = doctor.report()
+    result = doctor.report(args.kernels)
     return result, doctor.text(result)

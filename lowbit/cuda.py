@@ -53,15 +53,20 @@ def why_not_cuda(*tensors: Tensor | None) -> str | None:
         return f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
     if devices and next(iter(devices)).type != LIBRARY.device_type:
         return f"the tensors are on {next(iter(devices))}"
-    if LIBRARY.device_type == "cuda" and not torch.cuda.is_available():
+    if not devices and LIBRARY.device_type == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
     reason = why_not_loaded()
     if reason or LIBRARY.device_type != "cuda":
         return reason
-    here, built = sm(*devices), architectures()
-    if not any(runs_on(architecture, here) for architecture in built):
-        return f"it is built for {', '.join(map(sm_name, built))}, this is sm_{here}"
-    return None
+    return _why_not_here(LIBRARY.path, *devices)
+
+
+@functools.cache
+def _why_not_here(path: Path, device: torch.device | None = None) -> str | None:
+    here, built = sm(device), _architectures(path)
+    if any(runs_on(architecture, here) for architecture in built):
+        return None
+    return f"it is built for {', '.join(map(sm_name, built))}, this is sm_{here}"
 
 
 def why_not_loaded() -> str | None:

@@ -1,4 +1,7 @@
-"""What this machine can run: versions, devices, and every op x backend with the reason why not."""
+"""What this machine can run: versions, devices, and every op x backend with the reason why not.
+
+With kernels, every CUDA kernel of the library too: what it takes of an SM, as far as is known.
+"""
 
 import importlib.metadata
 import os
@@ -8,6 +11,7 @@ import subprocess
 
 import torch
 
+from lowbit import cuda
 from lowbit.ops.dispatch import BACKENDS, OPS
 
 REQUIRED = ("torch", "transformers", "safetensors", "numpy", "tqdm")
@@ -20,6 +24,8 @@ OPTIONAL = {  # distribution -> what it is for
     "fast-hadamard-transform": "a baseline of the benchmarks",
 }
 PER_CALL = "decided by each call's arguments"
+NOT_MEASURED = "not measured"
+GIVEN = ("registers", "local_bytes", "blocks_per_sm")  # of a kernel's attributes on a GPU
 
 
 def installed_version(distribution: str) -> str | None:
@@ -30,9 +36,9 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
-def report() -> dict:
+def report(kernels: bool = False) -> dict:
     """Everything `lowbit doctor` prints, JSON-able; a backend's reason is None where it can run."""
-    return {
+    everything = {
         "lowbit": installed_version("lowbit"),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -47,8 +53,10 @@ def report() -> dict:
             for name, purpose in OPTIONAL.items()
         },
         "cuda": _cuda(),
+        "library": _library(),
         "ops": {name: _reasons(op) for name, op in sorted(OPS.items())},
     }
+    return {**everything, "kernels": _kernels()} if kernels else everything
 
 
 def text(d: dict) -> str:
@@ -59,12 +67,17 @@ def text(d: dict) -> str:
         f"CPU: {cpu['capability']}, {cpu['threads']} threads on {cpu['cores']} cores",
     ]
     lines += [f"  {name} {version}" for name, version in d["packages"].items()]
-    cuda = d["cuda"]
-    lines += ["", f"CUDA: {cuda['why_not'] or 'available'}"]
-    lines += [f"  built for CUDA {cuda['built_for']}, driver {cuda['driver']}, nvcc {cuda['nvcc']}"]
-    for device in cuda["devices"]:
+    gpus = d["cuda"]
+    lines += ["", f"CUDA: {gpus['why_not'] or 'available'}"]
+    lines += [f"  built for CUDA {gpus['built_for']}, driver {gpus['driver']}, nvcc {gpus['nvcc']}"]
+    for device in gpus["devices"]:
         gib = device["memory_bytes"] / 2**30
         lines.append(f"  {device['name']}, {device['architecture']}, {gib:.0f} GiB")
+    library = d["library"]
+    built_for = ", ".join(map(cuda.sm_name, library["architectures"]))
+    lines.append(f"  kernels: {library['why_not'] or f'built for {built_for}'}")
+    if library["why_not_described"] and not library["why_not"]:
+        lines.append(f"  their description: {library['why_not_described']}")
     lines += ["", "Optional packages"]
     for name, entry in d["optional"].items():
         lines.append(f"  {name:<24}{entry['version'] or 'not installed':<14}  {entry['for']}")
@@ -73,7 +86,31 @@ def text(d: dict) -> str:
     for name, backends in d["ops"].items():
         for i, (backend, reason) in enumerate(backends.items()):
             lines.append(f"  {'' if i else name:<{width}}{backend:<11}{reason or 'yes'}")
+    if "kernels" in d:
+        lines += ["", *_kernel_lines(d["kernels"])]
     return "\n".join(lines)
+
+
+def _kernel_lines(kernels: list[dict]) -> list[str]:
+    """A line a kernel: what its launch asks for, then what a GPU gives it."""
+    if not kernels:
+        return ["Kernels: none"]
+    rows = [
+        ("op", "kernel", "sm", "threads", "smem bytes", "registers", "local bytes", "blocks/SM")
+    ]
+    for kernel in kernels:
+        asked = (f"{kernel['min_sm']}-{kernel['max_sm']}", kernel["threads"], kernel["smem_bytes"])
+        found = kernel["attributes"]
+        given = [found[key] for key in GIVEN] if found else [kernel["why_not"] or NOT_MEASURED]
+        rows.append((kernel["op"], kernel["name"], *asked, *given))
+    widths = [max(len(str(row[i])) for row in rows) for i in range(5)] + [10, 12, 0]
+    lines = (
+        "  ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths, strict=False))
+        for row in rows
+    )
+    return [
+        "Kernels: threads and shared memory of a block, registers and local memory of a thread"
+    ] + [f"  {line.rstrip()}" for line in lines]
 
 
 def _reasons(op) -> dict[str, str | None]:
@@ -114,6 +151,43 @@ def _cuda() -> dict:
         "nvcc": shutil.which("nvcc"),
         "devices": devices,
     }
+
+
+def _library() -> dict:
+    """The library of CUDA kernels, loaded to ask it."""
+    why_not = cuda.why_not_loaded()
+    try:
+        cuda.launch()
+        why_not_described = None
+    except RuntimeError as error:
+        why_not_described = str(error)
+    return {
+        "path": str(cuda.LIBRARY.path),
+        "why_not": why_not,
+        "architectures": [] if why_not else list(cuda.architectures()),
+        "why_not_described": why_not_described,
+    }
+
+
+def _kernels() -> list[dict]:
+    """Every registered kernel; its attributes are None where no GPU here runs it."""
+    try:
+        launch = cuda.launch()
+    except RuntimeError:
+        return []
+    here = cuda.sm() if torch.cuda.is_available() else None
+    kernels = []
+    for i, kernel in enumerate(launch.kernels()):
+        attributes, why_not = None, None
+        if here is not None and not kernel["min_sm"] <= here <= kernel["max_sm"]:
+            why_not = f"not for sm_{here}"
+        elif here is not None:
+            try:
+                attributes = launch.attributes(i, torch.cuda.current_device())
+            except RuntimeError as error:
+                why_not = str(error)
+        kernels.append({**kernel, "attributes": attributes, "why_not": why_not})
+    return kernels
 
 
 def _driver() -> str | None:

@@ -168,7 +168,7 @@ MISTAKES = {
     "fake": (["eval", "S", "--fake"], ["--fake needs a checkpoint"]),
     "backend": (
         ["eval", "P", "--text", "T", *WINDOWS, "--backend", "cuda"],
-        ["backend 'cuda' was asked for and cannot run this call", "no CUDA kernel for"],
+        ["backend 'cuda' was asked for and cannot run this call", "cuda: the "],
     ),
     "prompt": (
         ["generate", "P", "x" * 250, "--max-new-tokens", "10"],

@@ -82,6 +82,8 @@ def test_a_backend_without_a_kernel_has_a_reason(name):
         elif backend.target.startswith("lowbit.cuda:"):
             stem = backend.target.split(":")[1]
             assert f'm.impl("{stem}"' in (ROOT / f"csrc/{stem}.cu").read_text()
+        elif backend.target.startswith("lowbit.cuda:"):  # tests/test_build.py loads the library
+            assert backend.target == f"lowbit.cuda:{name}"
         elif backend.why_not() != "triton is not installed":
             assert callable(backend.load())
 
@@ -134,6 +136,14 @@ def test_no_environment_variable_changes_a_result():
     code = [p for p in files(".py") if p.relative_to(ROOT).parts[0] in ("lowbit", "kernels")]
     reads = complaints(r"\benviron\b|\bgetenv\b", code)
     assert all("XDG_CACHE_HOME" in line for line in reads), reads  # where files lie, not what
+    # The build's own: what is compiled, and with what.
+    build = [ROOT / "setup.py", ROOT / "csrc/build_kernels.py"]
+    read = {
+        re.search(r"""environ\w*(?:\.get\(|\[)"(\w+)""", line)
+        for line in complaints("environ", build)
+    }
+    names = {match[1] for match in read if match}
+    assert names == {"LOWBIT_CUDA_ARCHS", "LOWBIT_SKIP_CUDA", "CUDA_HOME", "PATH"}
 
 
 def documents() -> list[Path]:
