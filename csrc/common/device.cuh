@@ -61,6 +61,14 @@ __device__ __forceinline__ float div_rn(float a, float b) {
 #endif
 }
 
+__device__ __forceinline__ float sqrt_rn(float a) {
+#ifdef LOWBIT_EMULATE
+  return sqrtf(a);
+#else
+  return __fsqrt_rn(a);
+#endif
+}
+
 template <class T>
 __device__ __forceinline__ float to_float(T x);
 template <>

@@ -46,6 +46,18 @@ __device__ __forceinline__ void load_vector(float (&x)[kVector], const T* from) 
   for (int i = 0; i < kVector; ++i) x[i] = to_float(elements[i]);
 }
 
+// The other way round; each narrowed once.
+template <class T>
+__device__ __forceinline__ void store_vector(T* to, const float (&x)[kVector]) {
+  constexpr int kStores = sizeof(T) * kVector / 16;
+  uint4 raw[kStores];
+  T* elements = reinterpret_cast<T*>(raw);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) elements[i] = from_float<T>(x[i]);
+#pragma unroll
+  for (int i = 0; i < kStores; ++i) reinterpret_cast<uint4*>(to)[i] = raw[i];
+}
+
 // What a scale is computed from. `worst` is the largest |x| by its bits, which for non-negative
 // floats order as integers do, nan last: unlike fmaxf it does not lose a nan.
 struct Range {

@@ -17,6 +17,7 @@ y is not narrowed. Without a residual, h = x and new_residual is a copy of x. fp
 import torch
 from torch import Tensor
 
+from lowbit.cuda import why_not_cuda
 from lowbit.formats import IntFormat, Layout, PackedTensor
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.quantize import (
@@ -28,6 +29,7 @@ from lowbit.ops.quantize import (
     check_grid,
     check_per_token,
     compute_dtype,
+    why_not_quantized_by_cuda,
     why_not_quantized_by_triton,
 )
 
@@ -103,8 +105,14 @@ def _why_not_triton(*args) -> str | None:
     return why_not_quantized_by_triton(x, bits, packed) or why_not_triton(x, residual, weight)
 
 
-def _why_not_cuda(*_args) -> str:
-    return "no CUDA kernel for rmsnorm_quant yet"
+def _why_not_cuda(*args) -> str | None:
+    if not args:
+        return why_not_cuda()
+    x, residual, weight, _, bits, _, _, packed = args
+    if weight is not None and weight.dtype not in (x.dtype, torch.float32):
+        return f"its weight must have x's dtype or fp32, it is {weight.dtype}"
+    inputs = [t for t in (x, residual, weight) if t is not None]
+    return why_not_quantized_by_cuda(x.shape[-1], bits, packed, *inputs) or why_not_cuda(*inputs)
 
 
 RMSNORM_QUANT = Op(
@@ -113,7 +121,7 @@ RMSNORM_QUANT = Op(
     reference=_reference,
     fake=_fake,
     backends={
-        "cuda": Backend(_why_not_cuda),
+        "cuda": Backend(_why_not_cuda, "lowbit.cuda:rmsnorm_quant"),
         "triton": Backend(_why_not_triton, "lowbit.kernels.rmsnorm_quant:rmsnorm_quant"),
     },
 )

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA rmsnorm_quant. The contract is in lowbit/ops/rmsnorm_quant.py.
+//
+// A row belongs to kThreads threads (common/quantizer.cuh says which holds what): a warp for short
+// rows, four of them a block, else a block.
+//   step 1  h = x + residual, narrowed, stored; it stays in registers, as does what follows
+//   step 2  mean of squares over the threads; y = h / sqrt(mean + eps), two IEEE roundings
+//   step 3  y times weight; its range over the threads
+//   step 4  scale and zero point, then codes, 8 a thread and store
+// Memory bound: with a residual reads 4 K and writes 2 K + K or K / 2 bytes a row of 16-bit x; the
+// weight comes from L2.
+
+#include "common/launch.h"
+#include "common/quantizer.cuh"
+#include "common/row_codes.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int kWarpRows = 4;  // rows of a block whose rows are warps
+
+template <int kThreads_, int kVectors_>
+struct NormTile {
+  static constexpr int kThreads = kThreads_, kVectors = kVectors_;
+  static constexpr int kRows = kThreads == kWarp ? kWarpRows : 1;
+  static constexpr int kLongest = kThreads * kVectors * kVector;
+  static constexpr int kWarps = kThreads / kWarp;
+  // a Range and a sum for each warp of a row
+  static constexpr int kSmemBytes = kWarps * static_cast<int>(sizeof(Range) + sizeof(float));
+  static_assert(kThreads * kRows <= 1024, "a block has at most 1024 threads");
+};
+
+enum class Weight { kNone, kLikeX, kFloat };
+
+// The sum over the row's kThreads threads, in all of them. `scratch`: as of reduce_range.
+template <int kThreads>
+__device__ __forceinline__ float reduce_sum(float sum, float* scratch) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  if constexpr (kThreads > kWarp) {
+    if (lane_id() == 0) scratch[threadIdx.x / kWarp] = sum;
+    sync_block();
+    sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kThreads / kWarp; ++i) sum += scratch[i];
+  }
+  return sum;
+}
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads* Tile::kRows)
+    rmsnorm_quant_kernel(const T* __restrict__ x,            // [rows, length]
+                         const T* __restrict__ residual,     // [rows, length] or null
+                         const void* __restrict__ weight,    // [length] T or fp32
+                         T* __restrict__ new_residual,       // [rows, length]
+                         uint8_t* __restrict__ codes,        // [rows, length], or half when packed
+                         void* __restrict__ scales,          // [rows] fp32
+                         uint8_t* __restrict__ zero_points,  // [rows], unused when symmetric
+                         int64_t rows, int length, float eps, Weight weight_kind, IntGrid grid) {
+  constexpr int kThreads = Tile::kThreads, kVectors = Tile::kVectors;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * Tile::kRows + threadIdx.x / kThreads;
+  const int thread = threadIdx.x % kThreads;
+  if (row >= rows) return;  // a whole warp, and only where no barrier follows
+  Range* ranges = reinterpret_cast<Range*>(dynamic_smem());
+  float* sums = reinterpret_cast<float*>(ranges + Tile::kWarps);
+
+  // step 1
+  float values[kVectors][kVector];
+  float sum = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int first = (v * kThreads + thread) * kVector;
+    if (first < length) {
+      const int64_t at = row * length + first;
+      load_vector(values[v], x + at);
+      if (residual != nullptr) {
+        float other[kVector];
+        load_vector(other, residual + at);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          values[v][i] = to_float(from_float<T>(add_rn(values[v][i], other[i])));
+        }
+      }
+      store_vector(new_residual + at, values[v]);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sum = fmaf(values[v][i], values[v][i], sum);
+    }
+  }
+
+  // step 2
+  const float mean = div_rn(reduce_sum<kThreads>(sum, sums), static_cast<float>(length));
+  const float norm = div_rn(1.0f, sqrt_rn(add_rn(mean, eps)));
+
+  // step 3
+  Range range;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int first = (v * kThreads + thread) * kVector;
+    if (first < length) {
+      float scaled[kVector];
+      if (weight_kind == Weight::kFloat)
+        load_vector(scaled, static_cast<const float*>(weight) + first);
+      if (weight_kind == Weight::kLikeX) load_vector(scaled, static_cast<const T*>(weight) + first);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float y = mul_rn(values[v][i], norm);
+        values[v][i] = weight_kind == Weight::kNone ? y : mul_rn(y, scaled[i]);
+        range.include(values[v][i]);
+      }
+    }
+  }
+  range = reduce_range<kThreads>(range, ranges);
+
+  // step 4
+  const Scale scale = scale_of(range, grid);
+  if (thread == 0) store_scale(scales, zero_points, row, scale, grid);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int first = (v * kThreads + thread) * kVector;
+    if (first < length) store_codes(codes, row * length + first, values[v], scale, grid);
+  }
+}
+
+struct NormArguments {
+  const Tensor& x;
+  const std::optional<Tensor>&residual, &weight;
+  Tensor& new_residual;
+  RowCodes& out;
+  int64_t rows;
+  int length;
+  float eps;
+  IntGrid grid;
+};
+
+template <class T, class Tile>
+void launch_rmsnorm_quant(const NormArguments& a) {
+  Weight kind = Weight::kNone;
+  if (a.weight.has_value()) {
+    const bool like_x = a.weight->scalar_type() == a.x.scalar_type();
+    kind = like_x ? Weight::kLikeX : Weight::kFloat;
+  }
+  const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(a.rows, Tile::kRows));
+  launch({"rmsnorm_quant", text("M=", a.rows, " K=", a.length), device_of(a.x), dim3(blocks),
+          Tile::kThreads * Tile::kRows, Tile::kSmemBytes},
+         &rmsnorm_quant_kernel<T, Tile>, pointer<const T>(a.x), pointer<T>(a.residual),
+         pointer<void>(a.weight), pointer<T>(a.new_residual), pointer<uint8_t>(a.out.codes),
+         pointer<void>(a.out.scales), pointer<uint8_t>(a.out.zero_points), a.rows, a.length, a.eps,
+         kind, a.grid);
+}
+
+// Applies `visit` to the tiles in ascending order of the rows they hold.
+#define LOWBIT_NORM_TILES(visit) \
+  visit(32, 1) visit(32, 4) visit(128, 2) visit(256, 2) visit(512, 2) visit(1024, 2) visit(1024, 4)
+
+template <class T>
+void rmsnorm_quant_of(const NormArguments& a) {
+#define LOWBIT_VISIT(threads, vectors)                  \
+  if (a.length <= NormTile<threads, vectors>::kLongest) \
+    return launch_rmsnorm_quant<T, NormTile<threads, vectors>>(a);
+  LOWBIT_NORM_TILES(LOWBIT_VISIT)
+#undef LOWBIT_VISIT
+  check(false, text("rmsnorm_quant: rows of ", a.length, " are too long for its kernels"));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rmsnorm_quant(const Tensor& x,
+                                                         const std::optional<Tensor>& residual,
+                                                         const std::optional<Tensor>& weight,
+                                                         double eps, int64_t bits, bool symmetric,
+                                                         double clip, bool packed) {
+  const auto shape = x.sizes();
+  const int64_t K = shape[shape.size() - 1], rows = x.numel() / K;
+  const int device = device_of(x);
+  check_tensor("rmsnorm_quant", "x", x, x.scalar_type(), x.numel(), device);
+  if (residual.has_value()) {
+    check_tensor("rmsnorm_quant", "residual", *residual, x.scalar_type(), x.numel(), device);
+  }
+  if (weight.has_value()) {
+    const bool is_float = weight->scalar_type() == ScalarType::Float;
+    check_tensor("rmsnorm_quant", "weight", *weight, is_float ? ScalarType::Float : x.scalar_type(),
+                 K, device);
+  }
+  check(K % kVector == 0, text("rmsnorm_quant: rows must be whole vectors of ", kVector));
+
+  RowCodes out = new_row_codes(x, bits, symmetric, packed);
+  Tensor new_residual =
+      new_empty(x, std::vector<int64_t>(shape.begin(), shape.end()), x.scalar_type());
+  const NormArguments arguments{x,
+                                residual,
+                                weight,
+                                new_residual,
+                                out,
+                                rows,
+                                static_cast<int>(K),
+                                static_cast<float>(eps),
+                                int_grid(bits, symmetric, clip, packed)};
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      rmsnorm_quant_of<float>(arguments);
+      break;
+    case ScalarType::Half:
+      rmsnorm_quant_of<__half>(arguments);
+      break;
+    case ScalarType::BFloat16:
+      rmsnorm_quant_of<__nv_bfloat16>(arguments);
+      break;
+    default:
+      check(false, "rmsnorm_quant: x must be fp32, fp16 or bf16");
+  }
+  return {out.codes, out.scales, out.zero_points, new_residual};
+}
+
+template <class T, class Tile>
+void register_tile(const char* name) {
+  register_kernel({"rmsnorm_quant", name,
+                   reinterpret_cast<const void*>(&rmsnorm_quant_kernel<T, Tile>),
+                   Tile::kThreads * Tile::kRows, Tile::kSmemBytes, 80, 120});
+}
+
+const bool kRegistered = [] {
+#define LOWBIT_VISIT(threads, vectors)                                              \
+  register_tile<float, NormTile<threads, vectors>>("fp32_" #threads "x" #vectors);  \
+  register_tile<__half, NormTile<threads, vectors>>("fp16_" #threads "x" #vectors); \
+  register_tile<__nv_bfloat16, NormTile<threads, vectors>>("bf16_" #threads "x" #vectors);
+  LOWBIT_NORM_TILES(LOWBIT_VISIT)
+#undef LOWBIT_VISIT
+  return true;
+}();
+
+}  // namespace
+}  // namespace lowbit
+
+LOWBIT_LIBRARY_FRAGMENT(m) {
+  m.def(
+      "rmsnorm_quant(Tensor x, Tensor? residual, Tensor? weight, float eps, int bits, "
+      "bool symmetric, float clip, bool packed) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+LOWBIT_LIBRARY_IMPL(m) { m.impl("rmsnorm_quant", TORCH_BOX(&lowbit::rmsnorm_quant)); }
