@@ -27,7 +27,10 @@ class BuildKernels(build_ext):
 
     def run(self):
         folder = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
-        built = build_kernels.build(TOOLCHAIN, build_kernels.architectures())
+        try:
+            built = build_kernels.build(TOOLCHAIN, build_kernels.architectures())
+        except build_kernels.BuildError as error:
+            raise SystemExit(f"lowbit: {error}") from error
         build_kernels.install(built, folder / "lowbit")
         self.built = [str(folder / "lowbit" / path.name) for path in built]
 

@@ -66,7 +66,7 @@ def find_toolchain(environment=os.environ) -> Toolchain | str:
     torch = find_torch()
     if isinstance(torch, str):
         return torch
-    ninja = shutil.which("ninja") or shutil.which("ninja", path=Path(sys.executable).parent)
+    ninja = find_ninja()
     if ninja is None:
         return "ninja is not installed"
     includes = [sysconfig.get_path("include")]
@@ -88,6 +88,15 @@ def find_nvcc(environment=os.environ) -> str | None:
     return shutil.which("nvcc", path=environment.get("PATH")) or shutil.which(
         "nvcc", path="/usr/local/cuda/bin"
     )
+
+
+def find_ninja() -> str | None:
+    """The ninja package's, as pip and make have it; another version would start over."""
+    try:
+        import ninja
+    except ImportError:
+        return shutil.which("ninja")
+    return shutil.which("ninja", path=ninja.BIN_DIR)
 
 
 def find_torch(python: str = sys.executable) -> Path | str:
