@@ -141,6 +141,23 @@ __device__ __forceinline__ void fence_async_proxy() {
 #endif
 }
 
+// ---- registers: every warp of a warpgroup executes these, once, where its role begins ----------
+// The kernel needs __launch_bounds__(threads, 1). kCount: a multiple of 8, 24 to 256, a thread.
+
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+#ifndef LOWBIT_EMULATE
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+#ifndef LOWBIT_EMULATE
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
 // ---- clusters ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ int cluster_rank() {

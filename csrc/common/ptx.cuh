@@ -121,6 +121,16 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
 #endif
 }
 
+__device__ __forceinline__ void store_shared_16(uint32_t address, int4 v) {
+#ifdef LOWBIT_EMULATE
+  *reinterpret_cast<int4*>(emulator::shared_pointer(address, 16, "st.shared.v4")) = v;
+#else
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+#endif
+}
+
 // ---- cp.async ----------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory, past L1; only the first `bytes` (0 or 16) are read, the
