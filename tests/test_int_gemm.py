@@ -394,7 +394,7 @@ def test_wrong_packed_tensor():
 
 
 def test_backend_without_a_kernel_says_so():
-    with pytest.raises(RuntimeError, match="cuda: no CUDA kernel for int_gemm yet"):
+    with pytest.raises(RuntimeError, match="cuda: the CUDA kernel reads weights in"):
         int_gemm(exact_x((3, 64), 4, True), exact_w(5, 64, 4), backend="cuda")
 
 
@@ -527,7 +527,7 @@ def test_triton_bias_and_output(bias_dtype, out_dtype):
 @pytest.mark.interpret
 @pytest.mark.parametrize(("w_bits", "x_code"), [(4, 0), (8, 255)])
 def test_triton_longest_sums(w_bits, x_code):
-    K = module.LONGEST_TRITON_GROUP // 2 * 2  # whole bytes
+    K = module.LONGEST_X16 // 2 * 2  # whole bytes
     format = IntFormat(8, False)
     x = torch.full((1, K), x_code, dtype=torch.uint8)
     zero_point = torch.tensor([[255 - x_code]], dtype=torch.uint8)
@@ -570,7 +570,7 @@ def test_triton_reads_packed_rows():
 
 @pytest.mark.interpret
 def test_triton_sums_up_to_the_longest_group():
-    K = module.LONGEST_TRITON_GROUP + 1
+    K = module.LONGEST_X16 + 1
     x, w = exact_x((1, K), 4, True), exact_w(1, K, 4)
     with pytest.raises(RuntimeError, match=f"sums up to {K - 1} elements, got {K}"):
         int_gemm(x, w, backend="triton")

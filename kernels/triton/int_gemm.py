@@ -20,7 +20,7 @@ exact.
 
 Unsigned codes that do not fit int8 are moved to it by flipping their top bit, which subtracts
 CENTER = 2^(b-1); sum (code - zero) w = sum (code - CENTER) w + (CENTER - zero) sum w, modulo
-2^32. mma.sync saturates, so no partial sum may overflow: 2^7 * 2^7 * LONGEST_TRITON_GROUP < 2^31.
+2^32. mma.sync saturates, so no partial sum may overflow: 2^7 * 2^7 * LONGEST_X16 < 2^31.
 
 Two-level scales: the int32 sum of a group, times an integer, is added to those of the groups before
 it. Factors of 16 go first: 15 * 8 * 2^7 * K leaves no room for them. fp32 comes after the last one.

@@ -60,9 +60,10 @@ from lowbit.ops.quantize import SCALE_DTYPES, check_float, quantize
 
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_ACC = 2**31 - 1
-LONGEST_TRITON_GROUP = LARGEST_ACC // (128 * 255)  # it sums 16 * nibble like 8-bit codes: 65793
+LONGEST_X16 = LARGEST_ACC // (128 * 255)  # kernels sum 16 * nibble like 8-bit codes: 65793
 W_LAYOUTS = (Layout.ROW_MAJOR, Layout.FRAGMENT, Layout.FRAGMENT_INT4)
 CUDA_GROUP_SIZES = (64, 128)  # of two-level scales
+CUDA_INT4_SM = range(80, 90)  # the architectures with 4-bit matrix units
 # of w_channel_scale, w_layout and residual: torch.library hands on no trailing default
 DEFAULTS = (None, Layout.ROW_MAJOR.value, None)
 ROW_CHUNK = 512  # rows at a time in the reference: their sums stay in the CPU's cache
@@ -296,17 +297,82 @@ def _why_not_triton(*args) -> str | None:
     G = w_scale.shape[1]
     if (G > 1 or two_level) and K // G not in GROUP_SIZES:
         return f"the Triton kernel takes groups of {GROUP_SIZES} or one a row, got {K // G}"
-    if K // G > LONGEST_TRITON_GROUP:
-        return f"the Triton kernel sums up to {LONGEST_TRITON_GROUP} elements, got {K // G}"
+    if K // G > LONGEST_X16:
+        return f"the Triton kernel sums up to {LONGEST_X16} elements, got {K // G}"
     return why_not_triton(*args[:6], w_channel_scale, residual)
 
 
-def _why_not_cuda(*_args) -> str:
-    return "no CUDA kernel for int_gemm yet"
+def _why_not_cuda(*args) -> str | None:
+    if not args:
+        return cuda.why_not_cuda()
+    args = (*args, *DEFAULTS[len(args) - 10 :])
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    return (
+        _why_not_codes_in_cuda(args)
+        or _why_not_scales_in_cuda(args)
+        or _why_not_memory_in_cuda(args)
+        or cuda.why_not_cuda(*tensors)
+        or _why_not_int4_in_cuda(args)
+    )
+
+
+def _why_not_codes_in_cuda(args: tuple) -> str | None:
+    x_codes, w_scale, x_bits, x_packed, w_bits = args[0], args[4], *args[6:9]
+    w_channel_scale, w_layout = args[10:12]
+    if w_layout == Layout.ROW_MAJOR:
+        return "the CUDA kernel reads weights in a kernel layout, w is row_major: see to_layout"
+    stored = IntFormat(x_bits).storage_bits if x_packed else 8
+    expected = 4 if w_layout == Layout.FRAGMENT_INT4 else 8
+    if stored != expected:
+        return (
+            f"with w of layout {w_layout} the CUDA kernel reads x of {expected} bits a code, "
+            f"these are {stored}"
+        )
+    row, N = x_codes.shape[1], w_scale.shape[0]
+    if row == 0 or row % 16 or N % 8:
+        return f"rows must be multiples of 16 bytes of x and 8 columns of y, got {row} and {N}"
+    x16 = w_layout == Layout.FRAGMENT and w_channel_scale is None and w_bits == 4
+    if x16 and row > LONGEST_X16:
+        return f"the CUDA kernel sums up to {LONGEST_X16} products of 4-bit weights, got {row}"
+    return None
+
+
+def _why_not_scales_in_cuda(args: tuple) -> str | None:
+    x_codes, w_scale, bias, w_channel_scale, w_layout = args[0], *args[4:6], *args[10:12]
+    G = w_scale.shape[1]
+    if w_channel_scale is not None and w_layout != Layout.FRAGMENT:
+        return f"the CUDA kernel takes two-level scales with layout fragment, w has {w_layout}"
+    if w_channel_scale is not None and x_codes.shape[1] // G not in GROUP_SIZES:
+        return f"the CUDA kernel takes groups of {GROUP_SIZES}, got {x_codes.shape[1] // G}"
+    if w_channel_scale is None and (G != 1 or w_scale.dtype != torch.float32):
+        return f"the CUDA kernel takes one fp32 scale a channel, got {G} of {w_scale.dtype}"
+    if bias is not None and bias.dtype not in OUT_DTYPES:
+        return f"the CUDA kernel takes a bias of fp32, fp16 or bf16, got {bias.dtype}"
+    return None
+
+
+def _why_not_memory_in_cuda(args: tuple) -> str | None:
+    x_codes, x_scale, x_zero_point, w_codes, w_scale, bias = args[:6]
+    w_channel_scale, residual = args[10], args[12]
+    channel_scale = w_scale if w_channel_scale is None else w_channel_scale
+    vectors = (x_codes, w_codes, channel_scale, bias, residual)
+    if any(t is not None and t.data_ptr() % 16 for t in vectors):
+        return "the CUDA kernel's matrices must start at multiples of 16 bytes"
+    tensors = (*vectors, x_scale, x_zero_point, w_scale)
+    if any(t is not None and not t.is_contiguous() for t in tensors):
+        return "the CUDA kernel's tensors must be contiguous"
+    return None
+
+
+def _why_not_int4_in_cuda(args: tuple) -> str | None:
+    sm = cuda.sm(args[0].device)
+    if args[11] == Layout.FRAGMENT_INT4 and sm not in CUDA_INT4_SM:
+        return f"sm_{sm} has no 4-bit matrix units, which layout fragment_int4 is for"
+    return None
 
 
 _BACKENDS = {
-    "cuda": Backend(_why_not_cuda),
+    "cuda": Backend(_why_not_cuda, "lowbit.cuda:int_gemm"),
     "triton": Backend(_why_not_triton, "lowbit.kernels.int_gemm:int_gemm"),
 }
 INT_GEMM = Op("int_gemm", _check, _reference, _fake, _BACKENDS)
@@ -337,8 +403,8 @@ def cuda_layout(w: IntFormat, x: IntFormat, K: int, N: int, sm: int) -> Layout |
         return None
     if w.storage_bits not in (4, 8) or N % 8 or K % 16:
         return None
-    has_int4_units = 80 <= sm <= 89
-    return Layout.FRAGMENT_INT4 if has_int4_units and w.bits == x.bits == 4 else Layout.FRAGMENT
+    is_int4 = sm in CUDA_INT4_SM and w.bits == x.bits == 4
+    return Layout.FRAGMENT_INT4 if is_int4 else Layout.FRAGMENT
 
 
 def input_layout(w_layout: Layout) -> Layout:
