@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +10,10 @@ from torch import Tensor
 from benchmarks import inputs, peers
 from benchmarks.harness import Case, Peers, product, shape_text
 from benchmarks.shapes import Setup
-from lowbit.formats import IntFormat
-from lowbit.ops.int_gemm import INT_GEMM
+from lowbit import cuda
+from lowbit.formats import IntFormat, Layout, PackedTensor
+from lowbit.ops import to_layout
+from lowbit.ops.int_gemm import INT_GEMM, cuda_layout
 from lowbit.ops.quantize import QUANTIZE
 
 OUT = torch.bfloat16
@@ -24,6 +27,18 @@ FORMATS = {
     "w8a8": (8, False, IntFormat(8)),
 }
 WITH_QUANTIZE = ("w4a4", "w4a8", "w8a8")
+
+
+class WeightArguments(NamedTuple):
+    """Which arguments of a timed call are its weight."""
+
+    codes: int
+    scale: int
+    channel_scale: int
+    layout: int
+
+
+OF_GEMM, WITH_X = WeightArguments(3, 4, 10, 11), WeightArguments(1, 2, 5, 6)
 
 
 def cases(setup: Setup) -> Iterator[Case]:
@@ -46,7 +61,7 @@ def _gemm(device, M: int, N: int, K: int, linear: str, format: str) -> Case:
         x_scale = inputs.scales((M, 1), torch.float32, device, exact)
         channel = inputs.scales((N, 1), torch.float32, device, exact)
         formats = (x_bits, packed, w_format.bits, OUT, channel if w_format.two_level else None)
-        return x, x_scale, None, w, w_scale, None, *formats
+        return x, x_scale, None, w, w_scale, None, *formats, Layout.ROW_MAJOR.value
 
     return Case(
         INT_GEMM,
@@ -57,7 +72,32 @@ def _gemm(device, M: int, N: int, K: int, linear: str, format: str) -> Case:
         partial(_peers, M, N, K, device),
         operations=product(M, N, K),
         rate="int8",
+        prepare=partial(_prepare, K, w_format, IntFormat(x_bits), OF_GEMM),
     )
+
+
+def _prepare(
+    K: int,
+    w_format: IntFormat,
+    x_format: IntFormat,
+    where: WeightArguments,
+    args: tuple,
+    backend: str,
+) -> tuple:
+    """The weight in the layout that the CUDA kernel of its device reads, as a layer prepares it."""
+    codes, scale, channel = (args[i] for i in (where.codes, where.scale, where.channel_scale))
+    N = len(codes)
+    if backend != "cuda" or cuda.why_not_cuda(codes) is not None:
+        return args
+    layout = cuda_layout(w_format, x_format, K, N, cuda.sm(codes.device))
+    if layout is None:  # the call then gives the reason
+        return args
+    shape = torch.Size((N, K))
+    w = PackedTensor(codes, scale, None, w_format, Layout.ROW_MAJOR, shape, channel)
+    prepared = list(args)
+    prepared[where.codes] = to_layout(w, layout).codes
+    prepared[where.layout] = layout.value
+    return tuple(prepared)
 
 
 def _peers(M: int, N: int, K: int, device, *_args) -> Peers:
@@ -69,12 +109,19 @@ def _peers(M: int, N: int, K: int, device, *_args) -> Peers:
 
 
 def _quantize_and_multiply(
-    x: Tensor, w: Tensor, w_scale: Tensor, x_bits: int, w_bits: int, backend: str
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    x_bits: int,
+    w_bits: int,
+    channel_scale: None,
+    w_layout: str,
+    backend: str,
 ) -> Tensor:
-    codes, scale, _ = QUANTIZE(x, x_bits, 0, True, 1.0, False, torch.float32, backend=backend)
-    return INT_GEMM(
-        codes, scale, None, w, w_scale, None, x_bits, False, w_bits, x.dtype, backend=backend
-    )
+    packed = w_layout == Layout.FRAGMENT_INT4.value
+    codes, scale, _ = QUANTIZE(x, x_bits, 0, True, 1.0, packed, torch.float32, backend=backend)
+    formats = (x_bits, packed, w_bits, x.dtype, channel_scale, w_layout)
+    return INT_GEMM(codes, scale, None, w, w_scale, None, *formats, backend=backend)
 
 
 def _with_quantize(device, M: int, N: int, K: int, linear: str, format: str) -> Case:
@@ -83,7 +130,7 @@ def _with_quantize(device, M: int, N: int, K: int, linear: str, format: str) -> 
     def arguments(exact: bool) -> tuple:
         x = inputs.floats((M, K), OUT, device, exact)
         w, w_scale, _ = inputs.weight(N, K, w_format, device, exact)
-        return x, w, w_scale, x_bits, w_format.bits
+        return x, w, w_scale, x_bits, w_format.bits, None, Layout.ROW_MAJOR.value
 
     return Case(
         INT_GEMM,
@@ -98,6 +145,7 @@ def _with_quantize(device, M: int, N: int, K: int, linear: str, format: str) -> 
         nbytes=2 * M * K + 2 * M * N + N * K * w_format.bits // 8 + 4 * N,
         run=_quantize_and_multiply,
         variant="with quantize",
+        prepare=partial(_prepare, K, w_format, IntFormat(x_bits), WITH_X),
     )
 
 

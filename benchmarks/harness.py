@@ -32,6 +32,7 @@ class Case:
     nbytes      where the contract's tensors are not what is read and written, see contract_bytes
     run         (*arguments, backend=...) where it is not one call of the op
     variant     what `run` then is, for the row
+    prepare     (arguments, backend) -> the same, weights in the layout that the backend reads
     """
 
     op: Op
@@ -45,10 +46,15 @@ class Case:
     nbytes: int | None = None
     run: Callable | None = None
     variant: str = ""
+    prepare: Callable[[tuple, str], tuple] | None = None
 
     @property
     def name(self) -> str:
         return f"{self.op.name} {self.variant}".strip()
+
+    def prepared(self, args: tuple, backend: str) -> tuple:
+        """The arguments as a layer would hold them: its weights are laid out once."""
+        return args if self.prepare is None else self.prepare(args, backend)
 
     def call(self, args: tuple, backend: str):
         return (self.run or self.op)(*args, backend=backend)
@@ -78,8 +84,9 @@ def gate(case: Case, backend: str) -> str | None:
     """
     torch.manual_seed(0)
     args = case.arguments(True)
+    call_args = case.prepared(args, backend)
     with poisoned_memory():
-        got = [*tensors(case.call(args, backend)), *tensors(args)]
+        got = [*tensors(case.call(call_args, backend)), *tensors(args)]
     torch.manual_seed(0)
     args = case.arguments(True)
     expected = [*tensors(case.call(args, "reference")), *tensors(args)]
@@ -170,7 +177,8 @@ def _contenders(
             why_not[backend] = reason
             continue
         try:
-            prepared[backend] = clock.prepare(lambda b=backend: case.call(args, b))
+            own = case.prepared(args, backend)
+            prepared[backend] = clock.prepare(lambda b=backend, own=own: case.call(own, b))
         except Exception as error:  # no memory for a second set of arguments, say
             why_not[backend] = reason_of(error)
     for name, make in peers.items():
