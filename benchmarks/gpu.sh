@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # What only a GPU can show, within ten minutes and without a network (make gpu):
 #
+#   build      the CUDA kernels, for this GPU (csrc/build_kernels.py)
 #   check      every op at the shapes that are timed: bits on exact inputs; compiles their kernels
-#   tests      pytest -m "(gpu or interpret) and not slow": the kernels' tests, and a decode step as a CUDA graph
+#   tests      pytest -m "(gpu or interpret or emulate) and not slow": the kernels' tests, and a decode
+#              step as a CUDA graph
 #   sanitizer  compute-sanitizer memcheck, once per op
 #   bench      those shapes, in what time is left, appended to a CSV row by row
 #
@@ -16,7 +18,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 ROOT=$PWD
 PYTHON=${LOWBIT_PYTHON:-python3}
-PARTS=${PARTS:-check tests sanitizer bench}
+PARTS=${PARTS:-build check tests sanitizer bench}
 OPS=${OPS:-kv_attention int_gemm weight_only_gemm hadamard_quant silu_mul_hadamard_quant \
     rmsnorm_quant kv_append hadamard quantize pack}
 SHAPES=${SHAPES:-llama3-8b}
@@ -62,6 +64,11 @@ part() {
     ((status == 0)) || FAILED+=" $name"
 }
 
+build() {
+    "$PYTHON" csrc/build_kernels.py || return
+    [[ ! -d build/gpu/site ]] || ln -sf "$ROOT"/lowbit/*.so build/gpu/site/lowbit/
+}
+
 check() {
     # One process for each op and row count.
     for op in $OPS; do
@@ -73,7 +80,7 @@ check() {
 tests() {
     local parallel=""
     "$PYTHON" -c "import xdist" 2>/dev/null && parallel="-n $JOBS"
-    "$PYTHON" -m pytest -q -m "(gpu or interpret) and not slow" --continue-on-collection-errors $parallel tests
+    "$PYTHON" -m pytest -q -m "(gpu or interpret or emulate) and not slow" --continue-on-collection-errors $parallel tests
 }
 
 bench() {
@@ -91,10 +98,11 @@ sanitizer() {
             "$PYTHON" -m benchmarks.check "$0" --context 64 || { echo "$0: FAILED"; exit 1; }'
 }
 
-export -f check tests bench sanitizer
-export OPS ROWS JOBS
+export -f build check tests bench sanitizer
+export ROOT OPS ROWS JOBS
 for name in $PARTS; do
     case $name in
+    build) part build 180 3 bash -c build ;;
     check) part check 130 40 bash -c check ;;
     tests) part tests 220 25 bash -c tests ;;
     sanitizer) part sanitizer 100 40 bash -c sanitizer ;;

@@ -269,7 +269,10 @@ def test_machine_code_for_every_architecture(architecture):
 def test_no_spills_and_no_local_memory():
     kernels = sass.compiled()
     assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)
-    assert [k for k in kernels if k.spilled_bytes or k.stack_bytes] == []
+    spilling = [
+        f"{k} = {sass.demangled(k.kernel)}" for k in kernels if k.spilled_bytes or k.stack_bytes
+    ]
+    assert not spilling, "\n".join(spilling)
 
 
 @pytest.mark.slow
