@@ -82,6 +82,9 @@ def test_a_backend_without_a_kernel_has_a_reason(name):
         elif backend.target.startswith("lowbit.cuda:"):
             stem = backend.target.split(":")[1]
             assert f'm.impl("{stem}"' in (ROOT / f"csrc/{stem}.cu").read_text()
+        elif backend.target.endswith(":run_on_cuda"):  # prepares arguments, then calls the kernel
+            assert f'm.impl("{name}"' in (ROOT / f"csrc/{name}.cu").read_text()
+            assert callable(backend.load())
         elif backend.target.startswith("lowbit.cuda:"):  # tests/test_build.py loads the library
             assert backend.target == f"lowbit.cuda:{name}"
         elif backend.why_not() != "triton is not installed":

@@ -1,4 +1,4 @@
-"""rmsnorm_quant in CUDA: exact rows to the bit, random ones as close as sums in another order are."""
+"""rmsnorm_quant in CUDA: exact rows to the bit, random ones within what a sum's order moves."""
 
 from dataclasses import replace
 

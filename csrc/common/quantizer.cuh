@@ -101,6 +101,16 @@ __device__ __forceinline__ Range reduce_range(Range range, Range* scratch) {
   return range;
 }
 
+// The same where a row is the whole block, of any number of warps.
+__device__ __forceinline__ Range reduce_range(Range range, Range* scratch) {
+  range = reduce_range<kWarp>(range, nullptr);
+  if (lane_id() == 0) scratch[threadIdx.x / kWarp] = range;
+  sync_block();
+  const int warps = blockDim.x / kWarp;
+  if (lane_id() < warps) range = scratch[lane_id()];
+  return reduce_range<kWarp>(range, nullptr);
+}
+
 struct Scale {
   float scale, zero_point;
 };

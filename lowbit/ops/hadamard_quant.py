@@ -14,7 +14,9 @@ The two contracts are in hadamard.py and quantize.py; only the narrowing between
 import torch
 from torch import Tensor
 
+from lowbit import cuda
 from lowbit.formats import IntFormat, Layout, PackedTensor
+from lowbit.ops.cuda_rotation import dense_for_cuda, signs_for_cuda, why_not_rotated_by_cuda
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.hadamard import (
     HADAMARD,
@@ -106,8 +108,27 @@ def _why_not_triton(*args) -> str | None:
     return why_not_one_row_by_triton(x, order, inner, matrix, bits, packed)
 
 
-def _why_not_cuda(*_args) -> str:
-    return "no CUDA kernel for hadamard_quant yet"
+def _why_not_cuda(*args) -> str | None:
+    if not args:
+        return cuda.why_not_cuda()
+    x, order, inner, matrix, bits, _, _, packed = args
+    return why_not_rotated_by_cuda(order, inner, matrix, bits, packed, x)
+
+
+def run_on_cuda(
+    x: Tensor,
+    order: int,
+    inner: int,
+    matrix: None,
+    bits: int,
+    symmetric: bool,
+    clip: float,
+    packed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The CUDA kernel, which takes H as the split of its order and the signs of the dense part."""
+    dense = dense_for_cuda(x.shape[-1], order, inner)
+    signs = signs_for_cuda(dense, x.device)
+    return cuda.hadamard_quant(x, signs, order, inner, dense, bits, symmetric, clip, packed)
 
 
 HADAMARD_QUANT = Op(
@@ -116,7 +137,7 @@ HADAMARD_QUANT = Op(
     reference=_reference,
     fake=_fake,
     backends={
-        "cuda": Backend(_why_not_cuda),
+        "cuda": Backend(_why_not_cuda, "lowbit.ops.hadamard_quant:run_on_cuda"),
         "triton": Backend(_why_not_triton, "lowbit.kernels.hadamard_quant:hadamard_quant"),
     },
 )

@@ -1,0 +1,404 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rotation of a row by a Hadamard matrix. The contract is in lowbit/ops/hadamard.py.
+//
+// order = dense * 2^bits, so that a row is [A, dense, columns], columns = 2^bits * inner, and
+//   H_order = H_dense (x) H_2^bits
+// H_dense, +-1, is multiplied on matrix units: a number is the sum of three bf16, its upper, middle
+// and lower 8 bits of mantissa, and +-1 is a bf16. The bits are butterflies, each wherever its two
+// numbers are in one thread:
+//   low      strides 1, 2, 4 within the 8 neighbours that a thread loads          (inner 1)
+//   first    the largest strides, among the kUnits loads of a thread
+//   middle   stride 8, between the two columns of a fragment                      (inner 1, kN 8)
+//   last     the others, among the kUnits units that a thread takes from shared memory
+// Between first, dense and last the row, fp32, is exchanged through shared memory.
+//
+// Shared memory: [A * dense, pitch] fp32 (one row when dense is 1), in slots of 16 bytes. Slot s of
+// a row lies at s ^ (s / 8 % 8), and the pitch is 2 slots past a multiple of 4: neighbours 32 bytes
+// apart, and the fragments' rows and columns, then fall on different banks.
+#pragma once
+
+#include "common/quantizer.cuh"
+
+namespace lowbit {
+
+constexpr int kSlot = 4;  // fp32 in 16 bytes
+constexpr int kLongestRow = 32768;
+
+// n / divisor for n < 4096, divisor <= 4096: magic = ceil(2^24 / divisor) is less than
+// divisor / 2^24 too large, which n makes less than 1 / divisor.
+struct Divisor {
+  uint32_t magic;
+
+  __device__ __forceinline__ int quotient(int n) const {
+    return static_cast<int>((static_cast<uint64_t>(n) * magic) >> 24);
+  }
+};
+
+__host__ inline Divisor divisor(int d) { return {((1u << 24) + d - 1) / d}; }
+
+// Butterflies over 2^bits units (of 8 neighbours) `stride` elements apart.
+struct Strides {
+  int bits, stride;
+  Divisor units;  // stride / 8
+
+  // The first element of unit u of a thread; `length` or more where it has none. Units that differ
+  // in the lowest `bits` of u are each other's partners.
+  __device__ __forceinline__ int element(int u, int length) const {
+    const int group = (u >> bits) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    if (group >= (length / kVector) >> bits) return length;
+    const int block = units.quotient(group);
+    const int partner = (block << bits) + (u & ((1 << bits) - 1));
+    return partner * stride + group * kVector - block * stride;
+  }
+};
+
+struct Rotation {
+  int length;         // of a row
+  int dense;          // the order of the +-1 matrix; 1: none
+  int columns;        // of a row of shared memory
+  int pitch;          // of it, in slots
+  Divisor row_units;  // columns / 8
+  int low_bits;
+  Strides first, last;  // one and the same where nothing is exchanged
+  bool exchange, middle;
+  bool split;  // a column of the dense product belongs to several warps
+  float factor;
+};
+
+// kM x kN fragments of 16 x 8 are a warp's share of the dense product; kM 0: there is none.
+template <int kM_, int kN_, int kUnits_, int kMaxThreads_>
+struct RotationTile {
+  static constexpr int kM = kM_, kN = kN_, kUnits = kUnits_, kMaxThreads = kMaxThreads_;
+  static constexpr int kColumns = kN == 0 ? 1 : 8 * kN;
+  static constexpr int kLongest = kMaxThreads * kUnits * kVector;
+  static_assert(kN == 0 || kN == 2 || kN == 8, "a lane's columns are 8 or 32 bytes");
+  static_assert((kUnits & (kUnits - 1)) == 0, "units are paired");
+};
+
+// Shared memory: first a Range for each warp, then the row.
+constexpr int kRowOffset = 512;
+static_assert(kRowOffset >= kWarp * static_cast<int>(sizeof(Range)),
+              "a block has 32 warps at most");
+
+__device__ __forceinline__ float4* row_slots() {
+  return reinterpret_cast<float4*>(dynamic_smem() + kRowOffset);
+}
+
+// Where slot `slot` of a row of shared memory lies.
+__device__ __forceinline__ int slot_at(const Rotation& r, int row, int slot) {
+  return row * r.pitch + (slot ^ ((slot >> 3) & 7));
+}
+
+// Where the first slot of the 8 elements from `element` on lies; the second is at ^ 1.
+__device__ __forceinline__ int unit_at(const Rotation& r, int element) {
+  const int row = r.row_units.quotient(element / kVector);
+  return slot_at(r, row, (element - row * r.columns) / kSlot);
+}
+
+__device__ __forceinline__ void store_unit(float4* slots, int at, const float (&x)[kVector]) {
+  slots[at] = make_float4(x[0], x[1], x[2], x[3]);
+  slots[at ^ 1] = make_float4(x[4], x[5], x[6], x[7]);
+}
+
+__device__ __forceinline__ void load_unit(float (&x)[kVector], const float4* slots, int at) {
+  const float4 low = slots[at], high = slots[at ^ 1];
+  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
+__device__ __forceinline__ void zero_unit(float (&x)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) x[i] = 0.0f;
+}
+
+__device__ __forceinline__ void butterfly(float& a, float& b) {
+  const float sum = add_rn(a, b), difference = add_rn(a, -b);
+  a = sum;
+  b = difference;
+}
+
+// Among 8 neighbours.
+__device__ __forceinline__ void low_butterflies(float (&x)[kVector], int bits) {
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    if (k < bits) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        if ((i >> k & 1) == 0) butterfly(x[i], x[i | 1 << k]);
+      }
+    }
+  }
+}
+
+// Among units.
+template <int kUnits>
+__device__ __forceinline__ void strided_butterflies(float (&x)[kUnits][kVector], int bits) {
+#pragma unroll
+  for (int k = 0; 1 << k < kUnits; ++k) {
+    if (k < bits) {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        if ((u >> k & 1) == 0) {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) butterfly(x[u][i], x[u | 1 << k][i]);
+        }
+      }
+    }
+  }
+}
+
+// ---- the dense factor --------------------------------------------------------------------------
+//
+// d[m, n] = sum over k of H[m, k] x[k, n]: A is H, k and m are rows of shared memory, n columns.
+// Which row is k is free, as long as A agrees: k = 8 i + 2 t + h of a lane is row 8 i + t + 4 h, so
+// that the four t of a load are neighbouring rows. Which column is n of fragment j is free too:
+//   kN 8   8 n + (j ^ 4 (n & 1))   a lane loads 8 neighbours, odd n the second four first
+//   kN 2   2 n + j
+// `signs` has one bit a sign (1: -1): bit 15 - s + 16 h of word [m / 16][k / 64][lane], with
+// s = 4 (k / 16 % 4) + i, is half h of A register i, so that a shift by s brings both halves' bits
+// to their places.
+
+constexpr uint32_t kBf16x2_One = 0x3F80'3F80, kBf16x2_Sign = 0x8000'8000;
+constexpr uint32_t kBf16Bits = 0xFFFF'0000;  // of fp32
+
+// b[term] of two numbers of a column, the first in the lower half.
+__device__ __forceinline__ void cut(uint32_t (&b)[3], float x0, float x1) {
+#pragma unroll
+  for (int term = 0; term < 3; ++term) {
+    const uint32_t bits0 = bit_cast<uint32_t>(x0), bits1 = bit_cast<uint32_t>(x1);
+    b[term] = bits0 >> 16 | (bits1 & kBf16Bits);
+    x0 = add_rn(x0, -bit_cast<float>(bits0 & kBf16Bits));  // exact; nan for inf, as the row is then
+    x1 = add_rn(x1, -bit_cast<float>(bits1 & kBf16Bits));
+  }
+}
+
+// The share that begins at row `first_m` and column `first_n` of block `block` of the row.
+template <class Tile>
+__device__ __forceinline__ void multiply(float (&d)[Tile::kM][Tile::kN][4], const float4* slots,
+                                         const uint32_t* __restrict__ signs, const Rotation& r,
+                                         int block, int first_m, int first_n) {
+  constexpr int kM = Tile::kM, kN = Tile::kN, kAtOnce = kN < 4 ? kN : 4;  // fragments a load
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  const int m_tiles = ceil_div(r.dense, 16), k_words = ceil_div(r.dense, 64);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) d[m][j][0] = d[m][j][1] = d[m][j][2] = d[m][j][3] = 0.0f;
+  }
+  const int column = first_n + g * kN;
+  uint32_t words[kM] = {};
+#pragma unroll 1
+  for (int k = 0; k < m_tiles; ++k) {
+    if (k % 4 == 0) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        const int tile = first_m / 16 + m;
+        if (tile < m_tiles) words[m] = signs[(tile * k_words + k / 4) * kWarp + lane_id()];
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < kN / kAtOnce; ++half) {
+      // x of rows t, t + 4, t + 8 and t + 12, and kAtOnce columns
+      float x[4][kAtOnce];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = k * 16 + t + 4 * i;
+        const bool valid = row < r.dense && column < r.columns;
+        const int at = column + 4 * (half ^ (kN == 8 ? g & 1 : 0));
+        const int slot = slot_at(r, block * r.dense + row, at / kSlot);
+        if constexpr (kN == 8) {
+          const float4 v = valid ? slots[slot] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          x[i][0] = v.x, x[i][1] = v.y, x[i][2] = v.z, x[i][3] = v.w;
+        } else {
+          const float2* pairs = reinterpret_cast<const float2*>(slots + slot);
+          const float2 v = valid ? pairs[g & 1] : make_float2(0.0f, 0.0f);
+          x[i][0] = v.x, x[i][1] = v.y;
+        }
+      }
+      uint32_t b[3][kAtOnce][2];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t terms[3];
+          cut(terms, x[2 * i][j], x[2 * i + 1][j]);
+#pragma unroll
+          for (int term = 0; term < 3; ++term) b[term][j][i] = terms[term];
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        if (first_m / 16 + m < m_tiles) {
+          uint32_t a[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            a[i] = kBf16x2_One | ((words[m] << (4 * (k % 4) + i)) & kBf16x2_Sign);
+          }
+#pragma unroll
+          for (int term = 0; term < 3; ++term) {
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) mma_bf16(d[m][half * kAtOnce + j], a, b[term][j]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The products to where their factors were; with `middle` butterflies of stride 8.
+template <class Tile>
+__device__ __forceinline__ void store_products(float4* slots, float (&d)[Tile::kM][Tile::kN][4],
+                                               const Rotation& r, int block, int first_m,
+                                               int first_n) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+  for (int m = 0; m < Tile::kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_m + 16 * m + g + 8 * half;
+      const int column = first_n + 2 * t * Tile::kN;  // n = 2 t, and 2 t + 1 beside it
+      if (row >= r.dense || column >= r.columns) continue;
+      const int at = block * r.dense + row;
+      if constexpr (Tile::kN == 8) {
+        float x[2][kVector];
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          x[0][i] = d[m][i][2 * half];
+          x[1][i] = d[m][i ^ 4][2 * half + 1];
+          if (r.middle) butterfly(x[0][i], x[1][i]);
+        }
+        store_unit(slots, slot_at(r, at, column / kSlot), x[0]);
+        if (column + 8 < r.columns) store_unit(slots, slot_at(r, at, column / kSlot + 2), x[1]);
+      } else {
+        slots[slot_at(r, at, column / kSlot)] = make_float4(
+            d[m][0][2 * half], d[m][1][2 * half], d[m][0][2 * half + 1], d[m][1][2 * half + 1]);
+      }
+    }
+  }
+}
+
+// All of the row's blocks, in place. Columns that one warp has whole are its own, and it takes one
+// share after the other; otherwise each warp has one share, and all read before any writes.
+template <class Tile>
+__device__ __forceinline__ void dense_factor(float4* slots, const uint32_t* __restrict__ signs,
+                                             const Rotation& r) {
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
+  const int m_shares = ceil_div(r.dense, 16 * Tile::kM);
+  const int n_shares = ceil_div(r.columns, Tile::kColumns);
+  const int shares = r.length / (r.dense * r.columns) * m_shares * n_shares;
+#pragma unroll 1
+  for (int first = 0; first < shares; first += warps) {
+    const int share = first + warp, column = share / m_shares;
+    const int block = column / n_shares;
+    const int first_m = share % m_shares * 16 * Tile::kM;
+    const int first_n = (column - block * n_shares) * Tile::kColumns;
+    float d[Tile::kM][Tile::kN][4];
+    if (share < shares) multiply<Tile>(d, slots, signs, r, block, first_m, first_n);
+    if (r.split) {
+      sync_block();
+    } else {
+      sync_warp();
+    }
+    if (share < shares) store_products<Tile>(slots, d, r, block, first_m, first_n);
+  }
+}
+
+// ---- rotate and quantize a row -----------------------------------------------------------------
+//
+//   step 1  units from memory, low and first butterflies
+//   step 2  exchange; the dense factor, in shared memory
+//   step 3  last butterflies, 1 / sqrt(order), the range over the block
+//   step 4  scale and zero point, then codes, 8 a thread and store
+// source.load(x, at) gives 8 elements from `at` of the tensor on. One that computes a lot
+// (kIsStaged) does so in a loop that is not unrolled, with shared memory in place of registers.
+template <class Tile, class Source>
+__device__ __forceinline__ void rotate_and_quantize(const Source& source,
+                                                    const uint32_t* __restrict__ signs,
+                                                    uint8_t* __restrict__ codes,
+                                                    void* __restrict__ scales,
+                                                    uint8_t* __restrict__ zero_points,
+                                                    const Rotation& r, const IntGrid& grid) {
+  constexpr int kUnits = Tile::kUnits;
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * r.length;
+  float4* slots = row_slots();
+  float x[kUnits][kVector];
+
+  // step 1
+  if constexpr (Source::kIsStaged) {
+#pragma unroll 2
+    for (int u = 0; u < kUnits; ++u) {
+      const int element = r.first.element(u, r.length);
+      if (element < r.length) {
+        float unit[kVector];
+        source.load(unit, start + element);
+        low_butterflies(unit, r.low_bits);
+        store_unit(slots, unit_at(r, element), unit);
+      }
+    }
+  }
+  if (!Source::kIsStaged || r.first.bits > 0 || !r.exchange) {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const int element = r.first.element(u, r.length);
+      zero_unit(x[u]);
+      if (element < r.length) {
+        if constexpr (Source::kIsStaged) {
+          load_unit(x[u], slots, unit_at(r, element));
+        } else {
+          source.load(x[u], start + element);
+        }
+      }
+    }
+    if constexpr (!Source::kIsStaged) {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) low_butterflies(x[u], r.low_bits);
+    }
+    strided_butterflies(x, r.first.bits);
+    if (r.exchange) {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        const int element = r.first.element(u, r.length);
+        if (element < r.length) store_unit(slots, unit_at(r, element), x[u]);
+      }
+    }
+  }
+
+  if (r.exchange) {
+    // step 2
+    sync_block();
+    if constexpr (Tile::kM > 0) {
+      dense_factor<Tile>(slots, signs, r);
+      sync_block();
+    }
+
+    // step 3
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const int element = r.last.element(u, r.length);
+      zero_unit(x[u]);  // so that none is kept in registers during step 2
+      if (element < r.length) load_unit(x[u], slots, unit_at(r, element));
+    }
+    strided_butterflies(x, r.last.bits);
+  }
+  Range range;
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      x[u][i] = mul_rn(x[u][i], r.factor);
+      range.include(x[u][i]);  // zeros where the thread has no unit
+    }
+  }
+  range = reduce_range(range, reinterpret_cast<Range*>(dynamic_smem()));
+
+  // step 4
+  const Scale scale = scale_of(range, grid);
+  if (threadIdx.x == 0) store_scale(scales, zero_points, blockIdx.x, scale, grid);
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    const int element = r.last.element(u, r.length);
+    if (element < r.length) store_codes(codes, start + element, x[u], scale, grid);
+  }
+}
+
+}  // namespace lowbit

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA hadamard_quant. The contract is in lowbit/ops/hadamard_quant.py.
+//
+// A block has one row, read once into registers and written once as codes; in between it is rotated
+// by common/hadamard.cuh, whose header has the map of data to threads and whose steps these are:
+//   step 1  load, butterflies in registers
+//   step 2  exchange through shared memory, and the dense factor of the order on matrix units
+//   step 3  the other butterflies, the range
+//   step 4  scale and codes
+// Bytes: 2 K in (4 K for fp32), K or K / 2 out. Bound by memory at best; shared memory moves 8
+// bytes an element, 16 with a dense factor, and docs/notes/0003 counts instructions.
+
+#include "common/hadamard_plan.h"
+
+namespace lowbit {
+namespace {
+
+template <class T>
+struct Plain {
+  static constexpr bool kIsStaged = false;
+  const T* x;  // [rows, length]
+
+  __device__ __forceinline__ void load(float (&to)[kVector], int64_t at) const {
+    load_vector(to, x + at);
+  }
+};
+
+template <class Source, class Tile>
+__global__ void __launch_bounds__(Tile::kMaxThreads)
+    hadamard_quant_kernel(Source source,
+                          const uint32_t* __restrict__ signs,  // see common/hadamard.cuh, or null
+                          uint8_t* __restrict__ codes,         // [rows, length], half when packed
+                          void* __restrict__ scales,           // [rows] fp32
+                          uint8_t* __restrict__ zero_points,   // [rows], unused when symmetric
+                          Rotation rotation, IntGrid grid) {
+  rotate_and_quantize<Tile>(source, signs, codes, scales, zero_points, rotation, grid);
+}
+
+template <class Source>
+struct Kernels {
+  template <class Tile>
+  static auto of() {
+    return &hadamard_quant_kernel<Source, Tile>;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> hadamard_quant(const Tensor& x,
+                                                  const std::optional<Tensor>& signs, int64_t order,
+                                                  int64_t inner, int64_t dense, int64_t bits,
+                                                  bool symmetric, double clip, bool packed) {
+  const int64_t K = x.sizes()[x.sizes().size() - 1];
+  check_tensor("hadamard_quant", "x", x, x.scalar_type(), x.numel(), device_of(x));
+  RowCodes out = new_row_codes(x, bits, symmetric, packed);
+  const RotationArguments arguments{"hadamard_quant",
+                                    x,
+                                    signs,
+                                    K,
+                                    order,
+                                    inner,
+                                    dense,
+                                    out,
+                                    int_grid(bits, symmetric, clip, packed)};
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      launch_rotation<Kernels>(arguments, Plain<float>{pointer<const float>(x)});
+      break;
+    case ScalarType::Half:
+      launch_rotation<Kernels>(arguments, Plain<__half>{pointer<const __half>(x)});
+      break;
+    case ScalarType::BFloat16:
+      launch_rotation<Kernels>(arguments, Plain<__nv_bfloat16>{pointer<const __nv_bfloat16>(x)});
+      break;
+    default:
+      check(false, "hadamard_quant: x must be fp32, fp16 or bf16");
+  }
+  return {out.codes, out.scales, out.zero_points};
+}
+
+template <class T, class Tile>
+void register_tile(const char* name) {
+  constexpr int kFloats = Tile::kLongest < kLongestRow ? Tile::kLongest : kLongestRow;
+  register_kernel({"hadamard_quant", name,
+                   reinterpret_cast<const void*>(&hadamard_quant_kernel<Plain<T>, Tile>),
+                   Tile::kMaxThreads, kRowOffset + kFloats * 4, 80, 120});
+}
+
+const bool kRegistered = [] {
+#define LOWBIT_VISIT(m, n, units, threads)                                                   \
+  register_tile<float, RotationTile<m, n, units, threads>>("fp32_" #m "x" #n "_" #threads);  \
+  register_tile<__half, RotationTile<m, n, units, threads>>("fp16_" #m "x" #n "_" #threads); \
+  register_tile<__nv_bfloat16, RotationTile<m, n, units, threads>>("bf16_" #m "x" #n "_" #threads);
+  LOWBIT_ROTATION_TILES(LOWBIT_VISIT)
+#undef LOWBIT_VISIT
+  return true;
+}();
+
+}  // namespace
+}  // namespace lowbit
+
+LOWBIT_LIBRARY_FRAGMENT(m) {
+  m.def(
+      "hadamard_quant(Tensor x, Tensor? signs, int order, int inner, int dense, int bits, "
+      "bool symmetric, float clip, bool packed) -> (Tensor, Tensor, Tensor)");
+}
+
+LOWBIT_LIBRARY_IMPL(m) { m.impl("hadamard_quant", TORCH_BOX(&lowbit::hadamard_quant)); }
