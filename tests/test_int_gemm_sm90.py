@@ -1,0 +1,150 @@
+"""int_gemm by wgmma, in the emulator or on a Hopper GPU: the bits of the reference, always.
+
+Integer sums are exact and the scaling is the reference's, so random inputs give equal bits too.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import emulator
+import pytest
+import torch
+from helpers import assert_bitwise, poison
+
+from lowbit import cuda
+from lowbit.formats import IntFormat, Layout, PackedTensor
+from lowbit.ops import int_gemm, to_layout
+
+pytestmark = pytest.mark.emulate(90)
+INT4, INT8 = IntFormat(4), IntFormat(8)
+
+
+class Shape(NamedTuple):
+    M: int
+    N: int
+    K: int
+
+
+def codes(shape: tuple[int, ...], format: IntFormat, extreme: bool) -> torch.Tensor:
+    """Random ones, or the ends of the range alone."""
+    if extreme:
+        ends = torch.tensor([format.qmin, format.qmax], dtype=format.code_dtype)
+        return ends[torch.randint(0, 2, shape)]
+    return torch.randint(format.qmin, format.qmax + 1, shape).to(format.code_dtype)
+
+
+def operands(
+    shape: Shape, x_format: IntFormat, w_format: IntFormat, extreme: bool = False
+) -> tuple[PackedTensor, PackedTensor]:
+    torch.manual_seed(sum(shape))
+    M, N, K = shape
+    zero_point = None if x_format.symmetric else codes((M, 1), x_format, extreme)
+    x = PackedTensor(
+        codes((M, K), x_format, extreme),
+        torch.rand(M, 1) + 0.01,
+        zero_point,
+        x_format,
+        Layout.BYTES,
+        torch.Size((M, K)),
+    )
+    scale, channel = torch.rand(N, 1) + 0.01, None
+    if w_format.two_level:
+        scale, channel = torch.randint(1, 16, (N, w_format.num_groups(K))).to(torch.uint8), scale
+    w_codes, size = codes((N, K), w_format, extreme), torch.Size((N, K))
+    w = PackedTensor(w_codes, scale, None, w_format, Layout.BYTES, size, channel)
+    return x, to_layout(w, Layout.FRAGMENT)
+
+
+def assert_same(
+    shape: Shape,
+    x_format: IntFormat = INT8,
+    w_format: IntFormat = INT4,
+    *,
+    with_bias: bool = False,
+    with_residual: bool = False,
+    extreme: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+):
+    x, w = operands(shape, x_format, w_format, extreme)
+    bias = torch.randn(shape.N) if with_bias else None
+    residual = torch.randn(shape.M, shape.N).to(dtype) if with_residual else None
+    with poison():
+        got = int_gemm(x, w, bias, dtype, residual=residual, backend="cuda")
+    expected = int_gemm(x, w, bias, dtype, residual=residual, backend="reference")
+    assert_bitwise(got, expected)
+
+
+# Ends of the tiles: 16, 32, 64, 128 and 256 tokens, 128 or 256 channels, 128 columns.
+@pytest.mark.parametrize("M", [1, 8, 16, 17, 33, 64, 65, 129, 257])
+def test_tokens(M):
+    assert_same(Shape(M, 136, 272))
+
+
+@pytest.mark.parametrize("N", [8, 64, 120, 128, 264, 520])
+def test_channels(N):
+    assert_same(Shape(5, N, 144))
+    assert_same(Shape(130, N, 144), with_residual=True)
+
+
+@pytest.mark.parametrize("K", [16, 64, 80, 128, 192, 208, 1040])
+def test_columns(K):
+    assert_same(Shape(3, 72, K))
+    assert_same(Shape(70, 72, K), IntFormat(8, symmetric=False))
+
+
+@pytest.mark.parametrize(
+    "x_format", [INT4, INT8, IntFormat(4, False), IntFormat(8, False)], ids=str
+)
+@pytest.mark.parametrize(
+    "w_format",
+    [INT4, INT8, IntFormat(6), IntFormat(4, True, 64, True), IntFormat(4, True, 128, True)],
+    ids=str,
+)
+@pytest.mark.parametrize("extreme", [False, True])
+def test_formats(x_format, w_format, extreme):
+    for M in (6, 140):
+        assert_same(Shape(M, 200, 384), x_format, w_format, extreme=extreme)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M", [3, 150])
+def test_epilogue(M, dtype):
+    for bias, residual in itertools.product((False, True), repeat=2):
+        shape = Shape(M, 328, 160)
+        assert_same(shape, with_bias=bias, with_residual=residual, dtype=dtype)
+
+
+def test_nan_inf_and_minus_zero():
+    x, w = operands(Shape(4, 64, 64), INT8, INT4)
+    x.scale[0], x.scale[1] = float("nan"), float("inf")
+    x.codes[2] = 0
+    w.scale[3] = -1.0  # -0 * ... + nothing stays -0
+    got = int_gemm(x, w, None, torch.bfloat16, backend="cuda")
+    expected = int_gemm(x, w, None, torch.bfloat16, backend="reference")
+    assert_bitwise(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 4, 8, 132])
+@pytest.mark.parametrize("shape", [Shape(2, 264, 2064), Shape(40, 128, 4096), Shape(300, 300, 144)])
+def test_any_number_of_sms(shape, num_sms):
+    """Persistent blocks, and clusters that split K, however many there are."""
+    if cuda.LIBRARY.device_type == "cuda":
+        pytest.skip("a GPU has the SMs it has")
+    shape = shape._replace(N=shape.N // 8 * 8)
+    emulator.stand_for(90, num_sms)
+    assert_same(shape, IntFormat(8, symmetric=False), with_residual=True)
+
+
+def test_longest_rows():
+    """Sums of 16 times a nibble reach the end of int32."""
+    x, w = operands(Shape(1, 8, 65792), INT8, INT4)
+    x.codes.fill_(-128)
+    w = to_layout(w, Layout.BYTES)
+    w.codes.fill_(-8)
+    w = to_layout(w, Layout.FRAGMENT)
+    got = int_gemm(x, w, None, torch.bfloat16, backend="cuda")
+    assert_bitwise(got, int_gemm(x, w, None, torch.bfloat16, backend="reference"))
+
+
+def test_no_tokens():
+    assert_same(Shape(0, 128, 128))
