@@ -90,7 +90,12 @@ def __getattr__(name: str):
     reason = why_not_loaded()
     if reason:
         raise AttributeError(f"no op {name}: {reason}")
-    return getattr(getattr(torch.ops, LIBRARY.namespace), name)
+    try:
+        return getattr(getattr(torch.ops, LIBRARY.namespace), name)
+    except AttributeError:
+        raise AttributeError(
+            f"no op {name} in {LIBRARY.path}: build it again (make build)"
+        ) from None
 
 
 def sm(device: torch.device | int | None = None) -> int:

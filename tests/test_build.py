@@ -201,6 +201,12 @@ def test_a_library_that_does_not_load(library):
     assert re.match(r"_cuda\.so does not load: .*", cuda.why_not_loaded())
 
 
+def test_a_library_older_than_an_op(library, monkeypatch):
+    monkeypatch.setattr(cuda, "why_not_loaded", lambda: None)
+    with pytest.raises(AttributeError, match="no op of_tomorrow in .*: build it again"):
+        cuda.of_tomorrow  # noqa: B018
+
+
 def test_use_library(library):
     library.touch()
     before = cuda.use_library("elsewhere.so", "lowbit_emulated", "cpu", 89)
