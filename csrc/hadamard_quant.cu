@@ -78,10 +78,9 @@ std::tuple<Tensor, Tensor, Tensor> hadamard_quant(const Tensor& x,
 
 template <class T, class Tile>
 void register_tile(const char* name) {
-  constexpr int kFloats = Tile::kLongest < kLongestRow ? Tile::kLongest : kLongestRow;
   register_kernel({"hadamard_quant", name,
                    reinterpret_cast<const void*>(&hadamard_quant_kernel<Plain<T>, Tile>),
-                   Tile::kMaxThreads, kRowOffset + kFloats * 4, 80, 120});
+                   Tile::kMaxThreads, largest_smem_bytes<Tile>(), 80, 120});
 }
 
 const bool kRegistered = [] {

@@ -73,6 +73,13 @@ std::optional<RotationPlan> plan_rotation(int length, int order, int inner, int 
   return RotationPlan{r, warps * kWarp, kRowOffset + rows * r.pitch * 16};
 }
 
+// Of the largest launch with whole rows of one block: a dense factor's rows end in gaps.
+template <class Tile>
+constexpr int largest_smem_bytes() {
+  const int bytes = std::min(Tile::kLongest, kLongestRow) * 4;
+  return kRowOffset + bytes + (Tile::kM > 2 ? bytes / 4 : bytes / 16);
+}
+
 // Applies `visit` to the tiles in order of preference: one product of 16 rows a warp, of 32, or of
 // 128 but of fewer columns, beside the tile without a product.
 #define LOWBIT_ROTATION_TILES(visit) \

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowbit import cuda
 from lowbit.formats import IntFormat, Layout, PackedTensor
+from lowbit.ops.cuda_rotation import dense_for_cuda, signs_for_cuda, why_not_rotated_by_cuda
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.hadamard import check_rotation
 from lowbit.ops.hadamard_quant import HADAMARD_QUANT, why_not_one_row_by_triton
@@ -112,8 +114,30 @@ def _why_not_triton(*args) -> str | None:
     return reason or why_not_triton(gate, up, matrix)
 
 
-def _why_not_cuda(*_args) -> str:
-    return "no CUDA kernel for silu_mul_hadamard_quant yet"
+def _why_not_cuda(*args) -> str | None:
+    if not args:
+        return cuda.why_not_cuda()
+    gate, up, order, matrix, _, bits, _, _, packed = args
+    return why_not_rotated_by_cuda(order or 1, 1, matrix, bits, packed, gate, up)
+
+
+def run_on_cuda(
+    gate: Tensor,
+    up: Tensor,
+    order: int,
+    matrix: None,
+    activation: str,
+    bits: int,
+    symmetric: bool,
+    clip: float,
+    packed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The CUDA kernel, which takes H as the split of its order and the signs of the dense part."""
+    dense = dense_for_cuda(gate.shape[-1], order or 1, 1)
+    signs = signs_for_cuda(dense, gate.device)
+    return cuda.silu_mul_hadamard_quant(
+        gate, up, signs, order, dense, activation, bits, symmetric, clip, packed
+    )
 
 
 SILU_MUL_HADAMARD_QUANT = Op(
@@ -122,7 +146,7 @@ SILU_MUL_HADAMARD_QUANT = Op(
     reference=_reference,
     fake=_fake,
     backends={
-        "cuda": Backend(_why_not_cuda),
+        "cuda": Backend(_why_not_cuda, "lowbit.ops.silu_mul_hadamard_quant:run_on_cuda"),
         "triton": Backend(
             _why_not_triton, "lowbit.kernels.silu_mul_hadamard_quant:silu_mul_hadamard_quant"
         ),

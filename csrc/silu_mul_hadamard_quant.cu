@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA silu_mul_hadamard_quant. The contract is in lowbit/ops/silu_mul_hadamard_quant.py.
+//
+// hadamard_quant.cu of act(gate) * up, which step 1 of common/hadamard.cuh makes as it loads: in a
+// loop of two units of 8 at once, through shared memory, since unrolled over all units of a thread
+// the activations would be thousands of instructions. Order 0 rotates nothing.
+// Bytes: 4 K in (8 K for fp32), K or K / 2 out. Bound by memory at best; shared memory moves 8
+// bytes an element without a rotation and 24 with a dense factor.
+
+#include "common/hadamard_plan.h"
+
+namespace lowbit {
+namespace {
+
+enum class Activation { kSilu, kGelu, kGeluTanh, kRelu };
+
+constexpr float kRootHalf = 0.70710678118654752f;       // sqrt(1 / 2)
+constexpr float kRootTwoOverPi = 0.79788456080286536f;  // sqrt(2 / pi)
+constexpr float kCubic = 0.044715f;                     // of gelu_tanh
+
+// act(g), fp32; accurate functions, IEEE division.
+__device__ __forceinline__ void activate(float (&g)[kVector], Activation activation) {
+  if (activation == Activation::kRelu) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) g[i] = g[i] <= 0.0f ? 0.0f : g[i];  // nan stays
+  } else if (activation == Activation::kGelu) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      g[i] = mul_rn(mul_rn(0.5f, g[i]), add_rn(1.0f, erff(mul_rn(g[i], kRootHalf))));
+    }
+  } else {
+    // g sigmoid(g), and (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (g + 0.044715 g^3)
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      float u = g[i];
+      if (activation == Activation::kGeluTanh) {
+        u = 2.0f * kRootTwoOverPi * (g[i] + kCubic * g[i] * g[i] * g[i]);
+      }
+      g[i] = div_rn(g[i], add_rn(1.0f, expf(-u)));
+    }
+  }
+}
+
+template <class T>
+struct Gated {
+  static constexpr bool kIsStaged = true;
+  const T* gate;  // [rows, length]
+  const T* up;    // [rows, length]
+  Activation activation;
+
+  __device__ __forceinline__ void load(float (&to)[kVector], int64_t at) const {
+    float other[kVector];
+    load_vector(to, gate + at);
+    load_vector(other, up + at);
+    activate(to, activation);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) to[i] = mul_rn(to[i], other[i]);
+  }
+};
+
+template <class Source, class Tile>
+__global__ void __launch_bounds__(Tile::kMaxThreads) silu_mul_hadamard_quant_kernel(
+    Source source,
+    const uint32_t* __restrict__ signs,  // see common/hadamard.cuh, or null
+    uint8_t* __restrict__ codes,         // [rows, length], or half when packed
+    void* __restrict__ scales,           // [rows] fp32
+    uint8_t* __restrict__ zero_points,   // [rows], unused when symmetric
+    Rotation rotation, IntGrid grid) {
+  rotate_and_quantize<Tile>(source, signs, codes, scales, zero_points, rotation, grid);
+}
+
+template <class Source>
+struct Kernels {
+  template <class Tile>
+  static auto of() {
+    return &silu_mul_hadamard_quant_kernel<Source, Tile>;
+  }
+};
+
+Activation activation_named(const std::string& name) {
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "relu") return Activation::kRelu;
+  check(name == "silu", "silu_mul_hadamard_quant: no activation " + name);
+  return Activation::kSilu;
+}
+
+template <class T>
+void launch_of(const RotationArguments& arguments, const Tensor& up, Activation activation) {
+  const Gated<T> source{pointer<const T>(arguments.x), pointer<const T>(up), activation};
+  launch_rotation<Kernels>(arguments, source);
+}
+
+std::tuple<Tensor, Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate, const Tensor& up,
+                                                           const std::optional<Tensor>& signs,
+                                                           int64_t order, int64_t dense,
+                                                           const std::string& activation,
+                                                           int64_t bits, bool symmetric,
+                                                           double clip, bool packed) {
+  const int64_t K = gate.sizes()[gate.sizes().size() - 1];
+  const int device = device_of(gate);
+  check_tensor("silu_mul_hadamard_quant", "gate", gate, gate.scalar_type(), gate.numel(), device);
+  check_tensor("silu_mul_hadamard_quant", "up", up, gate.scalar_type(), gate.numel(), device);
+  RowCodes out = new_row_codes(gate, bits, symmetric, packed);
+  const RotationArguments arguments{"silu_mul_hadamard_quant",
+                                    gate,
+                                    signs,
+                                    K,
+                                    order ? order : 1,
+                                    1,
+                                    dense,
+                                    out,
+                                    int_grid(bits, symmetric, clip, packed)};
+  const Activation kind = activation_named(activation);
+  switch (gate.scalar_type()) {
+    case ScalarType::Float:
+      launch_of<float>(arguments, up, kind);
+      break;
+    case ScalarType::Half:
+      launch_of<__half>(arguments, up, kind);
+      break;
+    case ScalarType::BFloat16:
+      launch_of<__nv_bfloat16>(arguments, up, kind);
+      break;
+    default:
+      check(false, "silu_mul_hadamard_quant: gate must be fp32, fp16 or bf16");
+  }
+  return {out.codes, out.scales, out.zero_points};
+}
+
+template <class T, class Tile>
+void register_tile(const char* name) {
+  register_kernel({"silu_mul_hadamard_quant", name,
+                   reinterpret_cast<const void*>(&silu_mul_hadamard_quant_kernel<Gated<T>, Tile>),
+                   Tile::kMaxThreads, largest_smem_bytes<Tile>(), 80, 120});
+}
+
+const bool kRegistered = [] {
+#define LOWBIT_VISIT(m, n, units, threads)                                                   \
+  register_tile<float, RotationTile<m, n, units, threads>>("fp32_" #m "x" #n "_" #threads);  \
+  register_tile<__half, RotationTile<m, n, units, threads>>("fp16_" #m "x" #n "_" #threads); \
+  register_tile<__nv_bfloat16, RotationTile<m, n, units, threads>>("bf16_" #m "x" #n "_" #threads);
+  LOWBIT_ROTATION_TILES(LOWBIT_VISIT)
+#undef LOWBIT_VISIT
+  return true;
+}();
+
+}  // namespace
+}  // namespace lowbit
+
+LOWBIT_LIBRARY_FRAGMENT(m) {
+  m.def(
+      "silu_mul_hadamard_quant(Tensor gate, Tensor up, Tensor? signs, int order, int dense, "
+      "str activation, int bits, bool symmetric, float clip, bool packed) "
+      "-> (Tensor, Tensor, Tensor)");
+}
+
+LOWBIT_LIBRARY_IMPL(m) {
+  m.impl("silu_mul_hadamard_quant", TORCH_BOX(&lowbit::silu_mul_hadamard_quant));
+}
