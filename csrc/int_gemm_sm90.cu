@@ -6,8 +6,10 @@
 // warpgroup and product, the tokens on its free side of 8 to 256, so few tokens need no other
 // kernel.
 //
-// A block is kConsumers warpgroups that multiply and one that loads; it computes tiles of kChannels x kTokens,
-// one after the other (persistent), in stages of 128 columns:
+// A block is kConsumers warpgroups that multiply and one that loads; it computes tiles of kChannels
+// x kTokens, one after the other (persistent), in stages of 128 columns. Where tokens are many, the
+// blocks of a pair compute neighbouring channels and share their activations, or L2 would have to
+// deliver more than it can; where they are few, a cluster shares the columns of a tile.
 //   step 1  producer: activations [kTokens, 128] by TMA in the 128-byte swizzle, weights, whose
 //           fragments of 64 channels x 128 columns are contiguous, by one bulk copy each
 //   step 2  consumer: 16 bytes a lane are its weights of 16 channels x 64 columns; 4-bit ones are
@@ -45,11 +47,14 @@ struct WgmmaTile {
   static constexpr int kTokens = kTokens_;
   static constexpr bool kAsymmetric = kAsymmetric_;  // activations: unsigned, with zero points
 
-  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kConsumers = 2;                            // warpgroups
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last one produces
-  static constexpr int kTiles64 = kConsumers * kRowTiles;  // of 64 channels, a block
+  static constexpr int kTiles64 = kConsumers * kRowTiles;         // of 64 channels, a block
   static constexpr int kChannels = kTiles64 * kFragmentTile;
-  static constexpr bool kSplits = kTokens <= 64;  // K may be split over a cluster
+  // Few tokens: K may be split over a cluster. Many: two blocks of a cluster compute neighbouring
+  // channels of the same tokens, and each loads half of the activations for both.
+  static constexpr bool kSplits = kTokens <= 64;
+  static constexpr int kPair = kSplits ? 1 : 2;
 
   static constexpr int kFragmentBytes =  // of 64 channels x 64 columns
       fragment_tile_bytes(kWeights == Weights::k8 ? IntGemmKind::kBytes8 : IntGemmKind::kBytes4);
@@ -86,19 +91,26 @@ struct Block {
     residual = empty + 8 * Tile::kStages;
 
     tiles_m = ceil_div(a.M, Tile::kTokens);
-    tiles = tiles_m * ceil_div(a.N, Tile::kChannels);
+    tiles = tiles_m * ceil_div(a.N, Tile::kChannels * Tile::kPair);
     k_tiles = ceil_div(a.K, kFragmentTile);
-    rank = Tile::kSplits && split > 1 ? cluster_rank() : 0;
-    cluster = blockIdx.x / split;
-    clusters = gridDim.x / split;
-    const int stages = ceil_div(a.K, kStageK), share = ceil_div(stages, split);
-    first_stage = rank * share;
+    const int blocks = Tile::kSplits ? split : Tile::kPair;
+    rank = blocks > 1 ? cluster_rank() : 0;
+    cluster = blockIdx.x / blocks;
+    clusters = gridDim.x / blocks;
+    const int stages = ceil_div(a.K, kStageK);
+    const int share = Tile::kSplits ? ceil_div(stages, split) : stages;
+    first_stage = Tile::kSplits ? rank * share : 0;
     end_stage = stages < first_stage + share ? stages : first_stage + share;
   }
 
-  // Tokens vary fastest: neighbouring blocks read the same weights.
+  // Whether this block ends the tile: of a cluster that splits K, the first one does.
+  __device__ bool finishes() const { return !Tile::kSplits || rank == 0; }
+
+  // Tokens vary fastest: neighbouring clusters read the same weights.
   __device__ int first_token(int tile) const { return tile % tiles_m * Tile::kTokens; }
-  __device__ int first_channel(int tile) const { return tile / tiles_m * Tile::kChannels; }
+  __device__ int first_channel(int tile) const {
+    return (tile / tiles_m * Tile::kPair + rank % Tile::kPair) * Tile::kChannels;
+  }
 };
 
 // A ring of stages: the slot, and the parity of the phase that its barrier is in.
@@ -115,8 +127,8 @@ template <class Tile>
 __device__ __forceinline__ void produce(const Block<Tile>& block, const IntGemmArguments& a,
                                         const TensorMap* x_map, int tile, Ring<Tile>& ring) {
   const int tile64 = block.first_channel(tile) / kFragmentTile;
-  const int left = ceil_div(a.N, kFragmentTile) - tile64;
-  const int tiles64 = left < Tile::kTiles64 ? left : Tile::kTiles64;
+  const int left = ceil_div(a.N, kFragmentTile) - tile64;  // negative: a pair's odd one out
+  const int tiles64 = left < 0 ? 0 : left < Tile::kTiles64 ? left : Tile::kTiles64;
   for (int stage = block.first_stage; stage < block.end_stage; ++stage, ring.next()) {
     // Where K ends with 64 columns, the other half's weights are stale and meet zeros of x.
     const int k_tile = stage * kHalves, k_left = block.k_tiles - k_tile;
@@ -124,8 +136,15 @@ __device__ __forceinline__ void produce(const Block<Tile>& block, const IntGemmA
     const uint32_t full = block.full + 8 * ring.slot;
     mbarrier_wait(block.empty + 8 * ring.slot, ring.parity ^ 1);
     mbarrier_arrive_expect(full, Tile::kXBytes + tiles64 * w_bytes);
-    tma_load(block.x + ring.slot * Tile::kXBytes, x_map, stage * kStageK, block.first_token(tile),
-             full);
+    const uint32_t x = block.x + ring.slot * Tile::kXBytes;
+    if constexpr (Tile::kPair > 1) {
+      constexpr int kEveryBlock = (1 << Tile::kPair) - 1;
+      tma_load_multicast(x + block.rank * Tile::kXBytes / Tile::kPair, x_map, stage * kStageK,
+                         block.first_token(tile) + block.rank * Tile::kTokens / Tile::kPair, full,
+                         kEveryBlock);
+    } else {
+      tma_load(x, x_map, stage * kStageK, block.first_token(tile), full);
+    }
     for (int i = 0; i < tiles64; ++i) {
       const int64_t fragment = static_cast<int64_t>(tile64 + i) * block.k_tiles + k_tile;
       bulk_load(block.w + ring.slot * Tile::kWBytes + i * kHalves * Tile::kFragmentBytes,
@@ -164,6 +183,20 @@ __device__ __forceinline__ void load_weights(uint32_t (&a)[2][4], uint32_t fragm
         expand_x16(words[i], a[0][i], a[1][i]);
       }
     }
+  }
+}
+
+// This warp no longer reads a slot: its block's producer may fill it, and with a pair the other's,
+// which loads half of it.
+template <class Tile>
+__device__ __forceinline__ void release(const Block<Tile>& block, int slot) {
+  if (lane_id() != 0) return;
+  const uint32_t empty = block.empty + 8 * slot;
+  if constexpr (Tile::kPair > 1) {
+#pragma unroll
+    for (int rank = 0; rank < Tile::kPair; ++rank) mbarrier_arrive_at(empty, rank);
+  } else {
+    mbarrier_arrive(empty);
   }
 }
 
@@ -234,14 +267,14 @@ __device__ __forceinline__ void consume(const Block<Tile>& block, const IntGemmA
         }
       }
       wgmma_wait<1>();  // the products before these: their registers, and after half 0 their stage
-      if (half == 0 && released >= 0 && lane == 0) mbarrier_arrive(block.empty + 8 * released);
+      if (half == 0 && released >= 0) release(block, released);
     }
     released = ring.slot;
   }
   wgmma_wait<0>();
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) wgmma_fence_operand(sums.acc[m]);
-  if (released >= 0 && lane == 0) mbarrier_arrive(block.empty + 8 * released);
+  if (released >= 0) release(block, released);
 }
 
 // visit(piece, sum[4]) for every four of a thread's Tile::kSums sums.
@@ -422,12 +455,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
       mbarrier_init(block.full + 8 * i, 1);
-      mbarrier_init(block.empty + 8 * i, Tile::kConsumers * kWarpgroup / kWarp);
+      mbarrier_init(block.empty + 8 * i, Tile::kPair * Tile::kConsumers * kWarpgroup / kWarp);
     }
     for (int i = 0; i < Tile::kConsumers; ++i) mbarrier_init(block.residual + 8 * i, 1);
     fence_mbarrier_init();
   }
-  sync_block();
+  if constexpr (Tile::kPair > 1) {
+    sync_cluster();  // the other's copies and arrivals need this block's barriers
+  } else {
+    sync_block();
+  }
 
   Ring<Tile> ring;
   if (produces) {
@@ -446,7 +483,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const bool leads = threadIdx.x % kWarpgroup == 0;
     int residual_parity = 0;
     for (int tile = block.cluster; tile < block.tiles; tile += block.clusters) {
-      if (a.residual != nullptr && leads && block.rank == 0) {
+      if (a.residual != nullptr && leads && block.finishes()) {
         load_residual(block, &residual_map, tile);
       }
       Sums<Tile> sums;
@@ -454,75 +491,82 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if constexpr (Tile::kSplits) {
         if (split > 1) exchange(block, sums);
       }
-      if (block.rank == 0) finish(block, a, &y_map, tile, sums, residual_parity);
+      if (block.finishes()) finish(block, a, &y_map, tile, sums, residual_parity);
       residual_parity ^= 1;
     }
     if (leads) tma_store_wait_read();  // shared memory lasts until it is read
+  }
+  if constexpr (Tile::kPair > 1) {
+    sync_warp();
+    sync_cluster();  // and until the other has filled and released its last stages
   }
 }
 
 // ---- host ---------------------------------------------------------------------------------------
 
 struct Plan {
-  int row_tiles, tokens, split, blocks;
+  int row_tiles, tokens, split, blocks, cluster;
 };
 
 // The tile that takes the fewest rounds of blocks, weighed by its size; the largest of equals,
 // whose loads serve most products. Few tokens: K is split until the blocks fill the SMs, four
 // stages each.
-Plan plan_for(bool packed_weights, int M, int N, int K, int num_sms) {
+Plan plan_for(bool with_row_tiles, int M, int N, int K, int num_sms) {
   struct Shape {
     int row_tiles, tokens;
   };
   const Shape shapes[] = {{2, 128}, {1, 256}, {1, 128}, {1, 64}, {1, 32}, {1, 16}};
-  Plan best = {0, 0, 1, 0};
-  int64_t least = 0;
+  Plan best = {};
+  int64_t least = 0, tiles = 0;
   for (const Shape& shape : shapes) {
-    if (shape.row_tiles == 2 && !packed_weights) continue;  // shared memory: too few stages
+    if (shape.row_tiles == 2 && !with_row_tiles) continue;
+    const int pair = shape.tokens <= 64 ? 1 : 2;
     const int channels = 2 * kFragmentTile * shape.row_tiles;
-    const int64_t tiles = static_cast<int64_t>(ceil_div(M, shape.tokens)) * ceil_div(N, channels);
-    const int64_t cost = ceil_div<int64_t>(tiles, num_sms) * channels * shape.tokens;
+    const int64_t pairs = ceil_div(N, channels * pair);
+    const int64_t here = pairs * ceil_div(M, shape.tokens);
+    const int64_t cost = ceil_div<int64_t>(here * pair, num_sms) * channels * shape.tokens;
     if (best.tokens == 0 || cost < least) {
-      least = cost;
-      best = {shape.row_tiles, shape.tokens, 1, 0};
+      best = {shape.row_tiles, shape.tokens, 1, 0, pair};
+      least = cost, tiles = here;
     }
   }
-  const int tiles = ceil_div(M, best.tokens) * ceil_div(N, 2 * kFragmentTile * best.row_tiles);
-  const int stages = ceil_div(K, kStageK);
   if (best.tokens <= 64) {
     constexpr int kFewestStages = 4;
+    const int stages = ceil_div(K, kStageK);
     while (best.split < kMaxCluster && tiles * best.split * 2 <= num_sms &&
            stages >= kFewestStages * best.split * 2) {
       best.split *= 2;
     }
     best.split = ceil_div(stages, ceil_div(stages, best.split));  // no block without a stage
+    best.cluster = best.split;
   }
-  const int clusters = num_sms / best.split;
-  best.blocks = (tiles < clusters ? tiles : clusters) * best.split;
+  const int64_t clusters = num_sms / best.cluster > 0 ? num_sms / best.cluster : 1;
+  best.blocks = static_cast<int>(tiles < clusters ? tiles : clusters) * best.cluster;
   return best;
 }
 
 template <class Tile>
 bool launch_tile(const IntGemmArguments& a, const Plan& plan) {
-  const TensorMap x_map = make_tensor_map(a.x, 1, a.M, a.K, Tile::kTokens, kStageK, true);
+  const TensorMap x_map =
+      make_tensor_map(a.x, 1, a.M, a.K, Tile::kTokens / Tile::kPair, kStageK, true);
   const TensorMap y_map = make_tensor_map(a.y, 2, a.M, a.N, Tile::kTokens, kFragmentTile, true);
   const TensorMap residual_map =
       a.residual == nullptr
           ? y_map
           : make_tensor_map(a.residual, 2, a.M, a.N, Tile::kTokens, kFragmentTile, true);
   launch({"int_gemm", text("M=", a.M, " N=", a.N, " K=", a.K), a.device,
-          dim3(static_cast<unsigned>(plan.blocks)), Tile::kThreads, Tile::kSmemBytes, plan.split},
+          dim3(static_cast<unsigned>(plan.blocks)), Tile::kThreads, Tile::kSmemBytes, plan.cluster},
          &int_gemm_wgmma_kernel<Tile>, x_map, y_map, residual_map, a, plan.split);
   return true;
 }
 
 // Applies visit(weights, row tiles, tokens) to every tile.
-#define LOWBIT_WGMMA_TILES(visit)                                                           \
-  visit(k4, 2, 128) visit(k4, 1, 256) visit(k4, 1, 128) visit(k4, 1, 64) visit(k4, 1, 32)   \
-      visit(k4, 1, 16) visit(k4TwoLevel, 2, 128) visit(k4TwoLevel, 1, 256)                  \
-          visit(k4TwoLevel, 1, 128) visit(k4TwoLevel, 1, 64) visit(k4TwoLevel, 1, 32)       \
-              visit(k4TwoLevel, 1, 16) visit(k8, 1, 256) visit(k8, 1, 128) visit(k8, 1, 64) \
-                  visit(k8, 1, 32) visit(k8, 1, 16)
+#define LOWBIT_WGMMA_TILES(visit)                                                         \
+  visit(k4, 2, 128) visit(k4, 1, 256) visit(k4, 1, 128) visit(k4, 1, 64) visit(k4, 1, 32) \
+      visit(k4, 1, 16) visit(k4TwoLevel, 1, 256) visit(k4TwoLevel, 1, 128)                \
+          visit(k4TwoLevel, 1, 64) visit(k4TwoLevel, 1, 32) visit(k4TwoLevel, 1, 16)      \
+              visit(k8, 1, 256) visit(k8, 1, 128) visit(k8, 1, 64) visit(k8, 1, 32)       \
+                  visit(k8, 1, 16)
 
 bool int_gemm_sm90(const IntGemmArguments& a, const Tensor&) {
   constexpr int kArchitecture = 90;
@@ -535,7 +579,7 @@ bool int_gemm_sm90(const IntGemmArguments& a, const Tensor&) {
                           : a.w_group_scale != nullptr   ? Weights::k4TwoLevel
                                                          : Weights::k4;
   const bool asymmetric = a.x_zero_point != nullptr;
-  const Plan plan = plan_for(weights != Weights::k8, a.M, a.N, a.K, a.num_sms);
+  const Plan plan = plan_for(weights == Weights::k4, a.M, a.N, a.K, a.num_sms);
 #define LOWBIT_VISIT(w, r, t)                                                     \
   if (weights == Weights::w && plan.row_tiles == r && plan.tokens == t) {         \
     return asymmetric ? launch_tile<WgmmaTile<Weights::w, r, t, true>>(a, plan)   \

@@ -49,7 +49,8 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int byt
 #endif
 }
 
-// Until the phase of this parity (0: the first) is over.
+// Until the phase of this parity (0: the first) is over; then what the threads that arrived wrote,
+// those of other blocks of the cluster too, is seen.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
 #ifdef LOWBIT_EMULATE
   emulator::mbarrier_wait(barrier, parity);
@@ -58,7 +59,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}" ::"r"(barrier),
       "r"(parity)
@@ -85,6 +86,21 @@ __device__ __forceinline__ void tma_load(uint32_t to, const TensorMap* map, int 
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+#endif
+}
+
+// The same box for every block of the cluster whose bit is set in `blocks`: to the same address in
+// each of them, and counted by each one's own barrier.
+__device__ __forceinline__ void tma_load_multicast(uint32_t to, const TensorMap* map, int column,
+                                                   int row, uint32_t barrier, int blocks) {
+#ifdef LOWBIT_EMULATE
+  emulator::tma_load(to, *map, column, row, barrier, blocks);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(blocks))
       : "memory");
 #endif
 }
@@ -179,6 +195,22 @@ __device__ __forceinline__ void sync_cluster() {
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
           : "memory");
+#endif
+}
+
+// Arrives at the barrier of another block (or this one), where `barrier` is in this block's memory.
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, int rank) {
+#ifdef LOWBIT_EMULATE
+  emulator::mbarrier_arrive_at(barrier, rank);
+#else
+  asm volatile(
+      "{\n"
+      ".reg .b32 peer;\n"
+      "mapa.shared::cluster.u32 peer, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [peer];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
 #endif
 }
 

@@ -32,12 +32,17 @@ inline void end_phase_if_due(Mbarrier* barrier) {
   barrier->pending = barrier->expected;
 }
 
-inline void mbarrier_arrive(uint32_t address, int bytes) {
-  Mbarrier* barrier = mbarrier_at(address);
+inline void arrive(Mbarrier* barrier, int bytes) {
   if (barrier->pending == 0) misused("mbarrier.arrive", "more arrivals than it was made for");
   barrier->bytes += bytes;
   --barrier->pending;
   end_phase_if_due(barrier);
+}
+
+inline void mbarrier_arrive(uint32_t address, int bytes) { arrive(mbarrier_at(address), bytes); }
+
+inline void mbarrier_arrive_at(uint32_t address, int rank) {
+  arrive(reinterpret_cast<Mbarrier*>(shared_memory(rank) + address), 0);
 }
 
 inline void mbarrier_complete(Mbarrier* barrier, int bytes) {
@@ -73,19 +78,27 @@ inline uint8_t* box_at(uint32_t address, const TensorMap& map, const char* what)
   return shared_pointer(address, map.box_rows * map.box_columns * map.element_bytes, what);
 }
 
-inline void tma_load(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier) {
-  uint8_t* box = box_at(to, map, "cp.async.bulk.tensor");
-  Mbarrier* done = mbarrier_at(barrier);
-  queue_async(0, [=] {
-    visit_box(map, column, row, [&](uint32_t offset, const uint8_t* from) {
-      if (from) {
-        memcpy(box + offset, from, map.element_bytes);
-      } else {
-        memset(box + offset, 0, map.element_bytes);
-      }
+// `blocks`: a bit for each block of the cluster that gets the box, at the same address; 0: this
+// one.
+inline void tma_load(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier,
+                     int blocks = 0) {
+  box_at(to, map, "cp.async.bulk.tensor");
+  if (blocks == 0) blocks = 1 << current().cluster_rank;
+  for (int rank = 0; rank < launched().cluster; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    uint8_t* box = shared_memory(rank) + to;
+    auto* done = reinterpret_cast<Mbarrier*>(shared_memory(rank) + barrier);
+    queue_async(0, [=] {
+      visit_box(map, column, row, [&](uint32_t offset, const uint8_t* from) {
+        if (from) {
+          memcpy(box + offset, from, map.element_bytes);
+        } else {
+          memset(box + offset, 0, map.element_bytes);
+        }
+      });
+      mbarrier_complete(done, map.box_rows * map.box_columns * map.element_bytes);
     });
-    mbarrier_complete(done, map.box_rows * map.box_columns * map.element_bytes);
-  });
+  }
 }
 
 inline void tma_store(const TensorMap& map, int column, int row, uint32_t from) {
