@@ -33,7 +33,13 @@ __host__ __device__ __forceinline__ void expand_x16(uint32_t word, uint32_t& f0,
 // Seven instructions for eight weights; the offset is one more for every scale and four weights.
 __host__ __device__ __forceinline__ uint32_t scale_bytes(uint32_t u, uint32_t scale) {
   const uint32_t offset = kByteSigns - scale * kByteEights;  // 128 - 8 s in every byte
-  return (u * scale + offset) ^ kByteSigns;
+#ifdef __CUDA_ARCH__
+  uint32_t v;  // as written: nvcc makes it (u - 8) s + 128, one more addition for every register
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(v) : "r"(u), "r"(scale), "r"(offset));
+#else
+  const uint32_t v = u * scale + offset;
+#endif
+  return v ^ kByteSigns;
 }
 
 // `scale0` belongs to the nibbles of f0, `scale1` to those of f1.

@@ -1,0 +1,365 @@
+"""int_gemm by mma.sync, in the emulator or on a GPU: the bits of the reference, always.
+
+Integer sums are exact and the scaling is the reference's, so random scales give equal bits too.
+"""
+
+import ctypes
+import subprocess
+from dataclasses import replace
+from typing import NamedTuple
+
+import emulator
+import pytest
+import torch
+from helpers import assert_bitwise, poison
+
+from lowbit import cuda
+from lowbit.formats import IntFormat, Layout, PackedTensor
+from lowbit.ops import int_gemm, to_layout
+from lowbit.ops.dispatch import NoBackendError
+from lowbit.ops.int_gemm import LONGEST_X16, OUT_DTYPES, input_layout
+
+on_sm80 = pytest.mark.emulate(80)
+
+
+class Codes(NamedTuple):
+    """What a kernel multiplies: widths, and the layout of the weights."""
+
+    w_bits: int
+    x_bits: int
+    layout: Layout = Layout.FRAGMENT
+
+
+CODES = {
+    "w4a8": Codes(4, 8),
+    "w4a4, bytes": Codes(4, 4),
+    "w8a8": Codes(8, 8),
+    "w6a6": Codes(6, 6),
+    "w4a4, int4": Codes(4, 4, Layout.FRAGMENT_INT4),
+}
+ALL_CODES = pytest.mark.parametrize("codes", CODES.values(), ids=CODES)
+GRIDS = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+TOKENS = (1, 2, 7, 16, 17, 33, 64, 120, 130, 250)
+TILES = {"64x16", "64x64", "128x128"}
+FEW_SMS = 2  # so that large tiles pay with few channels
+
+
+def random_codes(shape: tuple[int, ...], format: IntFormat, extreme: bool) -> torch.Tensor:
+    if extreme:
+        ends = torch.tensor([format.qmin, format.qmax], dtype=format.code_dtype)
+        return ends[torch.randint(0, 2, shape)]
+    return torch.randint(format.qmin, format.qmax + 1, shape).to(format.code_dtype)
+
+
+def operands(
+    shape: tuple[int, int, int],
+    codes: Codes,
+    symmetric: bool = True,
+    group_size: int | None = None,
+    extreme: bool = False,
+) -> tuple[PackedTensor, PackedTensor]:
+    """x [M, K] and w [N, K], as the kernel reads them; with a group_size, of two levels."""
+    torch.manual_seed(sum(shape))
+    M, N, K = shape
+    x_format = IntFormat(codes.x_bits, symmetric)
+    zero_point = None if symmetric else random_codes((M, 1), x_format, extreme)
+    x_codes, size = random_codes((M, K), x_format, extreme), torch.Size((M, K))
+    x = PackedTensor(x_codes, torch.rand(M, 1), zero_point, x_format, Layout.BYTES, size)
+    w_format = IntFormat(codes.w_bits, True, group_size, two_level=group_size is not None)
+    scale, channel_scale = torch.rand(N, 1), None
+    if w_format.two_level:
+        channel_scale = scale
+        ends = [15] if extreme else range(1, 16)
+        scale = torch.tensor(list(ends)).to(torch.uint8)
+        scale = scale[torch.randint(0, len(scale), (N, K // group_size))]
+    w_codes, size = random_codes((N, K), w_format, extreme), torch.Size((N, K))
+    w = PackedTensor(w_codes, scale, None, w_format, Layout.BYTES, size, channel_scale)
+    return to_layout(x, input_layout(codes.layout)), to_layout(w, codes.layout)
+
+
+def assert_same(x, w, bias=None, out_dtype=torch.float32, residual=None):
+    with poison():
+        got = int_gemm(x, w, bias, out_dtype, backend="cuda", residual=residual)
+    expected = int_gemm(x, w, bias, out_dtype, backend="reference", residual=residual)
+    assert_bitwise(got, expected)
+
+
+def stand_for(num_sms: int):
+    """Of the emulator; a GPU has the SMs it has."""
+    if cuda.LIBRARY.device_type == "cpu":
+        emulator.stand_for(80, num_sms)
+
+
+def plan(shape: tuple[int, int, int], codes: Codes, num_sms: int) -> str:
+    """What the launcher chooses, such as "64x16, 2 tiles, 3 splits of 4 stages"."""
+    function = ctypes.CDLL(str(cuda.LIBRARY.path)).lowbit_plan
+    function.restype = ctypes.c_char_p
+    is_int4 = codes.layout is Layout.FRAGMENT_INT4
+    numbers = (ctypes.c_int64 * 4)(*shape, is_int4)
+    return function(b"int_gemm", numbers, 4, 80, num_sms).decode()
+
+
+@on_sm80
+@ALL_CODES
+@GRIDS
+@pytest.mark.parametrize("M", TOKENS)
+def test_tokens(M, symmetric, codes):
+    """Every tile; N and K are multiples of none: 3 tiles of 64 channels and 8, 3 stages and 32."""
+    stand_for(FEW_SMS)
+    assert_same(*operands((M, 200, 416), codes, symmetric))
+
+
+@on_sm80
+def test_tokens_reach_every_tile():
+    for codes in CODES.values():
+        plans = [plan((M, 200, 416), codes, FEW_SMS) for M in TOKENS]
+        assert {chosen.split(",")[0] for chosen in plans} == TILES
+
+
+@on_sm80
+@ALL_CODES
+@pytest.mark.parametrize(("N", "K"), [(8, 32), (64, 64), (72, 96), (128, 128), (200, 608)])
+def test_channels_and_columns(N, K, codes):
+    for M in (3, 70):
+        assert_same(*operands((M, N, K), codes))
+        assert_same(*operands((M, N, K), codes, symmetric=False))
+
+
+@on_sm80
+def test_rows_of_16_bytes():
+    for K in (16, 48, 80, 1104):
+        assert_same(*operands((5, 24, K), CODES["w4a8"], symmetric=False))
+        assert_same(*operands((5, 24, K), CODES["w8a8"]))
+
+
+@on_sm80
+@GRIDS
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("M", [1, 33, 120])
+def test_two_levels(M, group_size, symmetric):
+    """Every tile, an odd number of groups; 200 channels, whose scales end inside a tile."""
+    stand_for(FEW_SMS)
+    for codes in (CODES["w4a8"], CODES["w4a4, bytes"]):
+        assert_same(*operands((M, 200, 5 * group_size), codes, symmetric, group_size))
+
+
+SPLITS = {  # tile -> SMs of which it takes several with few tiles, M, N
+    "64x16": (108, 3, 72),
+    "64x64": (27, 40, 72),
+    "128x128": (3, 120, 128),
+}
+
+
+@on_sm80
+@ALL_CODES
+@pytest.mark.parametrize(("tile", "shape"), SPLITS.items(), ids=SPLITS)
+def test_split_k(tile, shape, codes):
+    """The last block of a tile adds what the others left."""
+    num_sms, M, N = shape
+    stand_for(num_sms)
+    shape = (M, N, 2080)
+    chosen = plan(shape, codes, num_sms)
+    assert chosen.startswith(f"{tile},") and ", 1 splits" not in chosen
+    x, w = operands(shape, codes, symmetric=False)
+    assert_same(x, w, torch.randn(N), torch.float16, torch.randn(M, N).half())
+    if codes.w_bits == 4 and codes.layout is Layout.FRAGMENT:
+        assert_same(*operands(shape, codes, False, group_size=32))
+
+
+@on_sm80
+@pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=str)
+@pytest.mark.parametrize("bias_dtype", [None, *OUT_DTYPES], ids=str)
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_epilogue(has_residual, bias_dtype, out_dtype):
+    for M in (5, 150):
+        x, w = operands((M, 72, 64), CODES["w4a8"])
+        bias = None if bias_dtype is None else torch.randn(72).mul(99).to(bias_dtype)
+        residual = torch.randn(M, 72).mul(99).to(out_dtype) if has_residual else None
+        assert_same(x, w, bias, out_dtype, residual)
+
+
+@on_sm80
+def test_edges_of_floats():
+    x, w = operands((6, 72, 64), CODES["w8a8"])
+    x.scale[0], x.scale[1], x.scale[2] = 3e38, 65504.0, 2.0**-140
+    w.scale[3] = -1.0
+    x.codes[3] = 0  # its y are zeros, of both signs, and stay what they are
+    for out_dtype in OUT_DTYPES:
+        assert_same(x, w, None, out_dtype)
+    x.scale[4] = float("nan")
+    got = int_gemm(x, w, None, torch.float16, backend="cuda")
+    assert got[4].isnan().all() and not got[5].isnan().any()
+
+
+@on_sm80
+@ALL_CODES
+@GRIDS
+def test_ends_of_the_ranges(symmetric, codes):
+    stand_for(FEW_SMS)
+    for M in (4, 120):
+        assert_same(*operands((M, 256, 128), codes, symmetric, extreme=True))
+        if codes.w_bits == 4 and codes.layout is Layout.FRAGMENT:
+            assert_same(*operands((M, 256, 128), codes, symmetric, 64, extreme=True))
+
+
+LONGEST = {  # in whole rows of 16 bytes, or groups
+    "w4a8": (CODES["w4a8"], True, LONGEST_X16 // 16 * 16, None),
+    "w4a8, asym": (CODES["w4a8"], False, LONGEST_X16 // 16 * 16, None),
+    "w8a8": (CODES["w8a8"], True, 131056, None),
+    "w8a8, asym": (CODES["w8a8"], False, 65792, None),
+    "two levels": (CODES["w4a8"], True, 139776, 128),
+    "two levels, asym": (CODES["w4a8"], False, 70144, 64),
+    "int4": (CODES["w4a4, int4"], False, 1 << 17, None),
+}
+
+
+@on_sm80
+@pytest.mark.parametrize(("codes", "symmetric", "K", "group_size"), LONGEST.values(), ids=LONGEST)
+def test_longest_rows(codes, symmetric, K, group_size):
+    """Sums that reach the ends of int32, or of it by 16."""
+    x, w = operands((2, 8, K), codes, symmetric, group_size)
+    x_grid, w_grid = x.format, w.format
+    x_codes = torch.full((2, K), x_grid.qmin if symmetric else x_grid.qmax).to(x_grid.code_dtype)
+    zero_point = None if symmetric else torch.tensor([[0], [x_grid.qmax]], dtype=torch.uint8)
+    if not symmetric:
+        x_codes[1] = 0
+    w_codes = torch.full((8, K), w_grid.qmin, dtype=torch.int8)
+    scale = torch.full_like(w.scale, 15) if group_size else torch.ones_like(w.scale)
+    one_each = {"scale": scale, "layout": Layout.BYTES, "codes": w_codes}
+    w = to_layout(replace(w, **one_each), codes.layout)
+    x = replace(x, codes=x_codes, zero_point=zero_point, layout=Layout.BYTES)
+    assert_same(to_layout(x, input_layout(codes.layout)), w)
+
+
+@on_sm80
+def test_many_tiles():
+    """More tiles of tokens than share weights, the last few fewer; neighbours in N between."""
+    assert_same(*operands((1250, 264, 32), CODES["w4a8"], symmetric=False))
+    x, w = operands((6, 64, 64), CODES["w4a8"])
+    x = replace(x, codes=x.codes.view(2, 3, 64), scale=x.scale.view(2, 3, 1), shape=(2, 3, 64))
+    assert_same(x, w)
+
+
+@on_sm80
+def test_no_tokens():
+    x, w = operands((0, 64, 64), CODES["w4a8"])
+    assert int_gemm(x, w, backend="cuda").shape == (0, 64)
+
+
+@pytest.mark.emulate(89)
+@GRIDS
+def test_sm89_has_4_bit_units(symmetric):
+    assert_same(*operands((20, 64, 128), CODES["w4a4, int4"], symmetric))
+
+
+@pytest.mark.emulate(100)
+@pytest.mark.parametrize("codes", ["w4a8", "w4a4, bytes", "w8a8"])
+def test_sm100_multiplies_bytes(codes):
+    assert_same(*operands((20, 64, 128), CODES[codes]))
+
+
+@pytest.mark.emulate(100)
+def test_sm100_has_no_4_bit_units():
+    with pytest.raises(NoBackendError, match="sm_100 has no 4-bit matrix units"):
+        int_gemm(*operands((20, 64, 128), CODES["w4a4, int4"]), backend="cuda")
+
+
+def row_major(x, w):
+    return x, to_layout(w, Layout.ROW_MAJOR)
+
+
+def packed_x(x, w):
+    return to_layout(x, Layout.ROW_MAJOR), w
+
+
+def unaligned_x(x, w):
+    codes = torch.empty(x.codes.numel() + 1, dtype=x.codes.dtype)[1:]
+    return replace(x, codes=codes.view(x.codes.shape).copy_(x.codes)), w
+
+
+def half_scale(x, w):
+    return x, replace(w, scale=w.scale.half(), format=IntFormat(4, True, 64))
+
+
+def strided_scale(x, w):
+    return replace(x, scale=x.scale.repeat(1, 2)[:, :1]), w
+
+
+def no_change(x, w):
+    return x, w
+
+
+@on_sm80
+@pytest.mark.parametrize(
+    ("shape", "codes", "change", "message"),
+    [
+        ((3, 64, 64), "w4a8", row_major, "w is row_major"),
+        ((3, 64, 64), "w4a4, bytes", packed_x, "x of 8 bits a code, these are 4"),
+        ((3, 60, 64), "w4a8", no_change, "8 columns of y, got 64 and 60"),
+        ((3, 64, 72), "w8a8", no_change, "multiples of 16 bytes of x"),
+        ((3, 64, 48), "w4a4, int4", no_change, "multiples of 16 bytes of x"),
+        ((1, 8, LONGEST_X16 // 16 * 16 + 16), "w4a8", no_change, "up to 65793 products"),
+        ((3, 64, 64), "w4a8", half_scale, "one fp32 scale a channel, got 1 of torch.float16"),
+        ((3, 64, 64), "w4a8", unaligned_x, "multiples of 16 bytes"),
+        ((3, 64, 64), "w4a8", strided_scale, "must be contiguous"),
+    ],
+)
+def test_why_not(shape, codes, change, message):
+    x, w = change(*operands(shape, CODES[codes]))
+    with pytest.raises(NoBackendError, match=message):
+        int_gemm(x, w, backend="cuda")
+
+
+@on_sm80
+def test_why_not_these_scales_and_biases():
+    x, w = operands((3, 64, 96), CODES["w4a8"], group_size=32)
+    bytes_x, int4 = operands((3, 64, 96), CODES["w4a4, int4"], group_size=32)
+    with pytest.raises(NoBackendError, match="two-level scales with layout fragment, w has"):
+        int_gemm(bytes_x, int4, backend="cuda")
+    odd = replace(w, scale=w.scale[:, :2].contiguous(), format=IntFormat(4, True, 48, True))
+    with pytest.raises(NoBackendError, match="groups of .*, got 48"):
+        int_gemm(x, odd, backend="cuda")
+    with pytest.raises(NoBackendError, match="bias of fp32, fp16 or bf16, got torch.float64"):
+        int_gemm(x, w, torch.zeros(64, dtype=torch.float64), backend="cuda")
+
+
+NIBBLES = """
+#include "common/nibbles.cuh"
+extern "C" void expand(int64_t n, const uint32_t* words, uint32_t scale0, uint32_t scale1,
+                       uint32_t* x16, uint32_t* scaled) {
+  for (int64_t i = 0; i < n; ++i) {
+    lowbit::expand_x16(words[i], x16[2 * i], x16[2 * i + 1]);
+    lowbit::expand_two_level(words[i], scale0, scale1, scaled[2 * i], scaled[2 * i + 1]);
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def nibbles(tmp_path_factory):
+    """common/nibbles.cuh as the host compiles it."""
+    if emulator.why_not():
+        pytest.skip(emulator.why_not())
+    folder = tmp_path_factory.mktemp("nibbles")
+    (folder / "nibbles.cpp").write_text(NIBBLES)
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-DLOWBIT_EMULATE"]
+    command += [f"-I{emulator.ROOT / 'csrc'}", f"-I{emulator.cuda_include()}"]
+    subprocess.run([*command, "nibbles.cpp", "-o", "nibbles.so"], cwd=folder, check=True)
+    return ctypes.CDLL(str(folder / "nibbles.so"))
+
+
+@pytest.mark.parametrize("scale", range(1, 16))
+def test_every_pair_of_bytes_expands(scale, nibbles):
+    """Carries could only pass between neighbours: all 2^16 pairs, in each place of a word."""
+    pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
+    words = pairs.repeat(1, 2).contiguous()  # [2^16, 4] bytes: a b a b, so b a in the middle
+    x16, scaled = torch.empty(2, len(words), 2, 4, dtype=torch.int8)
+    other = 16 - scale
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (words, x16, scaled)]
+    nibbles.expand(ctypes.c_int64(len(words)), pointers[0], scale, other, *pointers[1:])
+    as_int = words.view(torch.int8).to(torch.int32)
+    high, low = as_int >> 4, (as_int << 28) >> 28
+    nibble_pairs = torch.stack([high, low], 1)
+    assert_bitwise(x16, (16 * nibble_pairs).to(torch.int8))
+    scales = torch.tensor([scale, other]).view(1, 2, 1)
+    assert_bitwise(scaled, (nibble_pairs * scales).to(torch.int8))
