@@ -5,7 +5,7 @@
 #   check      every op at the shapes that are timed: bits on exact inputs; compiles their kernels
 #   tests      pytest -m "(gpu or interpret or emulate) and not slow": the kernels' tests, and a decode
 #              step as a CUDA graph
-#   sanitizer  compute-sanitizer memcheck, once per op
+#   sanitizer  compute-sanitizer memcheck and racecheck, once per op
 #   bench      those shapes, in what time is left, appended to a CSV row by row
 #
 # Settings, by environment:
@@ -93,9 +93,11 @@ sanitizer() {
     [[ -x $tool ]] || { echo "compute-sanitizer is not installed" && return 0; }
     # Each tensor in memory of its own, or an access past its end would fall into the pool.
     export TOOL=$tool PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    printf '%s\n' $OPS | xargs -P "$JOBS" -L 1 bash -c \
-        '"$TOOL" --tool memcheck --target-processes application-only --error-exitcode 9 \
-            "$PYTHON" -m benchmarks.check "$0" --context 64 || { echo "$0: FAILED"; exit 1; }'
+    for tool in memcheck racecheck; do
+        for op in $OPS; do echo "$tool $op"; done
+    done | xargs -P "$JOBS" -L 1 bash -c \
+        '"$TOOL" --tool "$0" --target-processes application-only --error-exitcode 9 \
+            "$PYTHON" -m benchmarks.check "$1" --context 64 || { echo "$0 $1: FAILED"; exit 1; }'
 }
 
 export -f build check tests bench sanitizer

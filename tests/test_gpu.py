@@ -13,7 +13,7 @@ BATCH, PROMPT = 2, 24
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "dtype": torch.bfloat16}
 
 
-def decode_step(format: str, backend: str, device: str):
+def decode_step(format: str, backend: str | None, device: str):
     """(hidden states [BATCH, 1, hidden], a function of none that runs all blocks on them).
 
     Every run of it is the same step: token PROMPT of each sequence, written to the same slots.
@@ -39,10 +39,11 @@ def decode_step(format: str, backend: str, device: str):
     return hidden, step
 
 
+@pytest.mark.parametrize("backend", ["triton", None])  # None: CUDA kernels where there are
 @pytest.mark.parametrize("format", ["w4a4kv4", "w4a8kv4", "w8a8kv8", "w4a16kv4"])
 @torch.inference_mode()
-def test_decode_step_in_a_cuda_graph(format):
-    hidden, step = decode_step(format, "triton", "cuda")
+def test_decode_step_in_a_cuda_graph(format, backend):
+    hidden, step = decode_step(format, backend, "cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles, and settles where the tokens go
