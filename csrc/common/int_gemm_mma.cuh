@@ -80,48 +80,82 @@ struct Work {
   int stage, stages;  // the first of K, and how many
 };
 
+__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+
 // Blocks of kTokenTiles neighbours in M and all of N follow each other, M fastest.
 template <class G>
 __device__ __forceinline__ Work work_of(const IntGemmArguments& a, int stages_per_split) {
   const int tiles_m = ceil_div(a.M, G::kTokens), tiles_n = ceil_div(a.N, G::kChannels);
   const int tile = blockIdx.x, first = tile / (kTokenTiles * tiles_n) * kTokenTiles;
-  const int left = tiles_m - first, width = left < kTokenTiles ? left : kTokenTiles;
+  const int width = smaller(tiles_m - first, kTokenTiles);
   const int within = tile % (kTokenTiles * tiles_n);
   const int stage = blockIdx.y * stages_per_split;
   const int stages = ceil_div(a.K, G::kStageK) - stage;
   return {(first + within % width) * G::kTokens, within / width * G::kChannels, tile, stage,
-          stages < stages_per_split ? stages : stages_per_split};
+          smaller(stages, stages_per_split)};
 }
 
 // ---- step 1
 
+// A thread's share of the copies, stage after stage. Copies of 0 bytes read nothing, wherever they
+// point to, and write zeros.
 template <class G>
-__device__ __forceinline__ void copy_stage(const IntGemmArguments& a, const Work& work, int stage,
-                                           uint32_t to, uint64_t policy) {
-  const int thread = threadIdx.x, row_bytes = G::kIsInt4 ? a.K / 2 : a.K;
-  const int chunk = thread % kRowChunks, column = stage * kRowBytes + chunk * kChunk;
-  constexpr int kRowsAtOnce = G::kThreads / kRowChunks;
-#pragma unroll
-  for (int i = 0; i < G::kTokens / kRowsAtOnce; ++i) {
-    const int row = thread / kRowChunks + i * kRowsAtOnce, m = work.m0 + row;
-    const bool inside = m < a.M && column < row_bytes;
-    const int64_t from = inside ? static_cast<int64_t>(m) * row_bytes + column : 0;
-    cp_async_16(to + row * kRowBytes + (chunk ^ row % 8) * kChunk, a.x + from, inside ? kChunk : 0);
+struct Copies {
+  static constexpr int kRows = G::kThreads / kRowChunks;  // at once
+  static constexpr int kBytes = G::kThreads * kChunk;     // of weights, at once
+  static_assert(kRows % 8 == 0, "a thread's rows have one swizzle");
+  static_assert(G::kPanelBytes % kBytes == 0, "and its weights at once one panel");
+
+  const uint8_t *x, *w;       // its first chunks of the next stage
+  int64_t row_bytes, w_step;  // from a row of x, and from a panel of w, to the next
+  int rows, columns;          // of x from its first chunk on: what there is, in rows and bytes
+  int panels, tiles;          // of w from the stage's first tile on, along N and K
+  int x_to;
+  uint64_t policy;
+
+  __device__ __forceinline__ Copies(const IntGemmArguments& a, const Work& work) {
+    const int row = threadIdx.x / kRowChunks, chunk = threadIdx.x % kRowChunks;
+    const int column = work.stage * kRowBytes + chunk * kChunk;
+    const int tiles_k = ceil_div(a.K, kFragmentTile), tile_k = work.stage * G::kStageTiles;
+    const int end = work.stage + work.stages;  // of this split
+    row_bytes = G::kIsInt4 ? a.K / 2 : a.K;
+    x = a.x + (work.m0 + row) * row_bytes + column;
+    rows = a.M - work.m0 - row;
+    columns = smaller(static_cast<int>(row_bytes), end * kRowBytes) - column;
+    x_to = row * kRowBytes + (chunk ^ row % 8) * kChunk;
+
+    const int tile_n = work.n0 / kFragmentTile;
+    w_step = static_cast<int64_t>(tiles_k) * G::kTileBytes;
+    w = a.w + tile_n * w_step + static_cast<int64_t>(tile_k) * G::kTileBytes + threadIdx.x * kChunk;
+    panels = ceil_div(a.N, kFragmentTile) - tile_n;
+    tiles = smaller(tiles_k, end * G::kStageTiles) - tile_k;
+    // weights that no other block reads need not stay
+    policy = l2_policy(a.M <= G::kTokens ? Evict::kFirst : Evict::kNormal);
   }
 
-  const int tiles_n = ceil_div(a.N, kFragmentTile), tiles_k = ceil_div(a.K, kFragmentTile);
+  // The next stage, to shared memory at `to`; zeros past the last.
+  __device__ __forceinline__ void start(uint32_t to) {
 #pragma unroll
-  for (int i = 0; i < G::kWBytes / kChunk / G::kThreads; ++i) {
-    const int byte = (thread + i * G::kThreads) * kChunk, in_panel = byte % G::kPanelBytes;
-    const int tile_n = work.n0 / kFragmentTile + byte / G::kPanelBytes;
-    const int tile_k = stage * G::kStageTiles + in_panel / G::kTileBytes;
-    const bool inside = tile_n < tiles_n && tile_k < tiles_k;
-    const int64_t tile = inside ? static_cast<int64_t>(tile_n) * tiles_k + tile_k : 0;
-    cp_async_16_policy(to + G::kXBytes + byte,
-                       a.w + tile * G::kTileBytes + (inside ? in_panel % G::kTileBytes : 0),
-                       inside ? kChunk : 0, policy);
+    for (int i = 0; i < G::kTokens / kRows; ++i) {
+      const bool inside = i * kRows < rows && columns > 0;
+      cp_async_16(to + x_to + i * kRows * kRowBytes, x + i * kRows * row_bytes,
+                  inside ? kChunk : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < G::kWBytes / kBytes; ++i) {
+      const int panel = i * kBytes / G::kPanelBytes, byte = i * kBytes % G::kPanelBytes;
+      const int tile = (byte + static_cast<int>(threadIdx.x) * kChunk) / G::kTileBytes;
+      const bool inside = panel < panels && tile < tiles;
+      cp_async_16_policy(to + G::kXBytes + threadIdx.x * kChunk + i * kBytes,
+                         w + panel * w_step + byte, inside ? kChunk : 0, policy);
+    }
+    cp_async_commit();
+    x += kRowBytes;
+    columns -= kRowBytes;
+    w += G::kPanelBytes;
+    tiles -= G::kStageTiles;
   }
-}
+};
 
 // The scales of one channel in a stage, byte i for step i; 0 past N and K, where weights are zeros.
 template <class G>
@@ -248,26 +282,18 @@ __device__ __forceinline__ void int_gemm_block(const IntGemmArguments& a, int4* 
   const int lane = lane_id(), g = lane / 4, t = lane % 4;
   uint8_t* smem = dynamic_smem();
   const uint32_t smem_base = smem_address(smem);
-  // weights that no other block reads need not stay
-  const uint64_t policy = l2_policy(a.M <= G::kTokens ? Evict::kFirst : Evict::kNormal);
-
-  const auto start_copy = [&](int stage) {
-    if (stage < work.stages) {
-      const uint32_t to = smem_base + stage % G::kStages * G::kStageBytes;
-      copy_stage<G>(a, work, work.stage + stage, to, policy);
-    }
-    cp_async_commit();  // an empty group too: waits count groups
-  };
+  const auto stage_at = [&](int stage) { return smem_base + stage % G::kStages * G::kStageBytes; };
   const auto scales_of = [&](int stage) {  // [kChannels]
     return reinterpret_cast<uint32_t*>(smem + stage % G::kStages * G::kStageBytes + G::kXBytes +
                                        G::kWBytes);
   };
 
   // step 1, the first stages
+  Copies<G> copies(a, work);
   uint32_t next_scales = 0;  // this thread's channel, of the stage whose copy starts next
 #pragma unroll
   for (int stage = 0; stage < G::kStages - 1; ++stage) {
-    start_copy(stage);
+    copies.start(stage_at(stage));
     if constexpr (G::kTwoLevel) {
       if (threadIdx.x < G::kChannels) {
         scales_of(stage)[threadIdx.x] = group_scales<G>(a, work, work.stage + stage);
@@ -285,8 +311,7 @@ __device__ __forceinline__ void int_gemm_block(const IntGemmArguments& a, int4* 
   load_fragments<G>(fragments, smem_base, 0, warp_n, warp_m);
 #pragma unroll 1
   for (int stage = 0; stage < work.stages; ++stage) {
-    const uint32_t here = smem_base + stage % G::kStages * G::kStageBytes;
-    const uint32_t next = smem_base + (stage + 1) % G::kStages * G::kStageBytes;
+    const uint32_t here = stage_at(stage), next = stage_at(stage + 1);
     uint32_t scales[G::kSlabs][2];
     if constexpr (G::kTwoLevel) {
 #pragma unroll
@@ -300,7 +325,7 @@ __device__ __forceinline__ void int_gemm_block(const IntGemmArguments& a, int4* 
     for (int step = 0; step < kSteps; ++step) {
       if (step == 0) {  // into the stage that the last barrier found read by all
         const int ahead = stage + G::kStages - 1;
-        start_copy(ahead);
+        copies.start(stage_at(ahead));
         if constexpr (G::kTwoLevel) {
           if (threadIdx.x < G::kChannels) scales_of(ahead)[threadIdx.x] = next_scales;
           next_scales = group_scales<G>(a, work, work.stage + ahead + 1);
