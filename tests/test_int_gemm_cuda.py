@@ -4,12 +4,14 @@ Integer sums are exact and the scaling is the reference's, so random scales give
 """
 
 import ctypes
+import re
 import subprocess
 from dataclasses import replace
 from typing import NamedTuple
 
 import emulator
 import pytest
+import sass
 import torch
 from helpers import assert_bitwise, poison
 
@@ -17,7 +19,7 @@ from lowbit import cuda
 from lowbit.formats import IntFormat, Layout, PackedTensor
 from lowbit.ops import int_gemm, to_layout
 from lowbit.ops.dispatch import NoBackendError
-from lowbit.ops.int_gemm import LONGEST_X16, OUT_DTYPES, input_layout
+from lowbit.ops.int_gemm import CUDA_INT4_SM, LONGEST_X16, OUT_DTYPES, input_layout
 
 on_sm80 = pytest.mark.emulate(80)
 
@@ -363,3 +365,28 @@ def test_every_pair_of_bytes_expands(scale, nibbles):
     assert_bitwise(x16, (16 * nibble_pairs).to(torch.int8))
     scales = torch.tensor([scale, other]).view(1, 2, 1)
     assert_bitwise(scaled, (nibble_pairs * scales).to(torch.int8))
+
+
+# (weights are fragment_int4, x is asymmetric) -> the matrix instruction
+PRODUCTS = {
+    (False, False): "IMMA.16832.S8.S8",
+    (False, True): "IMMA.16832.S8.U8",
+    (True, False): "IMMA.16864.S4.S4",
+    (True, True): "IMMA.16864.S4.U4",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", sass.ARCHITECTURES)
+def test_matrix_instructions(architecture):
+    """Native ones: of 4 bits up to sm_89, and no other architecture emulates them."""
+    has_int4 = int(architecture.rstrip("a")) in CUDA_INT4_SM
+    operands_of = re.compile(r"int_gemm_kernel<.*Operands<\(.*?\)(\d), (\w+), ")
+    seen = set()
+    for name, code in sass.kernels_sass(sass.built()[0], architecture).items():
+        if found := operands_of.search(name):
+            kind = (found[1] == "2", found[2] in ("true", "1"))
+            expected = {PRODUCTS[kind]} if has_int4 or not kind[0] else set()
+            assert set(re.findall(r"IMMA[.\w]*", code)) == expected, name
+            seen.add(kind)
+    assert seen == PRODUCTS.keys()
