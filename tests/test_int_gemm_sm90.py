@@ -4,12 +4,14 @@ Integer sums are exact and the scaling is the reference's, so random inputs give
 """
 
 import itertools
+import re
 from typing import NamedTuple
 
 import emulator
 import pytest
 import torch
 from helpers import assert_bitwise, poison
+from sass import built, kernels_sass
 
 from lowbit import cuda
 from lowbit.formats import IntFormat, Layout, PackedTensor
@@ -148,3 +150,21 @@ def test_longest_rows():
 
 def test_no_tokens():
     assert_same(Shape(0, 128, 128))
+
+
+@pytest.mark.slow
+def test_machine_code():
+    """wgmma of bytes, bulk copies both ways, and nothing in local memory."""
+    kernels = {
+        name: code
+        for name, code in kernels_sass(built()[0], "90a").items()
+        if "int_gemm_wgmma_kernel" in name
+    }
+    assert len(kernels) == 2 * 16
+    for name, code in kernels.items():
+        tokens, is_asymmetric = re.search(r"WgmmaTile<.*?, \d+, (\d+), (\w+)>", name).groups()
+        activations = "U8" if is_asymmetric == "true" else "S8"
+        assert f"IGMMA.64x{tokens}x32.S8.{activations}" in code, name
+        for wanted in ("UTMALDG.2D", "UTMASTG.2D", "UBLKCP"):
+            assert wanted in code, (wanted, name)
+        assert not re.search(r"\b(LDL|STL)\b", code), name
