@@ -18,11 +18,8 @@ namespace {
 template <class T>
 struct Plain {
   static constexpr bool kIsStaged = false;
+  using Raw = RawVector<T>;
   const T* x;  // [rows, length]
-
-  __device__ __forceinline__ void load(float (&to)[kVector], int64_t at) const {
-    load_vector(to, x + at);
-  }
 };
 
 template <class Source, class Tile>

@@ -39,13 +39,19 @@ __global__ void __launch_bounds__(Tile::kThreads* Tile::kRows)
   if (row >= rows) return;  // a whole warp, and only where no barrier follows
 
   // step 1
+  RawVector<T> raw[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int first = (v * kThreads + thread) * kVector;
+    if (first < length) raw[v].load(x + row * length + first);
+  }
   float values[kVectors][kVector];
   Range range;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int first = (v * kThreads + thread) * kVector;
     if (first < length) {
-      load_vector(values[v], x + row * length + first);
+      raw[v].widen(values[v]);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) range.include(values[v][i]);
     }

@@ -65,23 +65,31 @@ __global__ void __launch_bounds__(Tile::kThreads* Tile::kRows)
   float* sums = reinterpret_cast<float*>(ranges + Tile::kWarps);
 
   // step 1
+  RawVector<T> raw[kVectors], raw_residual[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int first = (v * kThreads + thread) * kVector;
+    if (first < length) {
+      raw[v].load(x + row * length + first);
+      if (residual != nullptr) raw_residual[v].load(residual + row * length + first);
+    }
+  }
   float values[kVectors][kVector];
   float sum = 0.0f;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int first = (v * kThreads + thread) * kVector;
     if (first < length) {
-      const int64_t at = row * length + first;
-      load_vector(values[v], x + at);
+      raw[v].widen(values[v]);
       if (residual != nullptr) {
         float other[kVector];
-        load_vector(other, residual + at);
+        raw_residual[v].widen(other);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           values[v][i] = to_float(from_float<T>(add_rn(values[v][i], other[i])));
         }
       }
-      store_vector(new_residual + at, values[v]);
+      store_vector(new_residual + row * length + first, values[v]);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) sum = fmaf(values[v][i], values[v][i], sum);
     }

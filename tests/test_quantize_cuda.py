@@ -57,6 +57,19 @@ def test_edge_rows(K, symmetric):
         assert_same(x, IntFormat(4, symmetric), scale_dtype=scale_dtype)
 
 
+@pytest.mark.parametrize("amax", [7.0, 3e-5, 2.0**70, 3e38])
+def test_halves_of_a_step(amax):
+    """Numbers at and beside every half step of scales of all mantissas: quotients are IEEE's."""
+    generator = torch.Generator().manual_seed(0)
+    amaxes = amax * (0.5 + 0.5 * torch.rand(256, 1, generator=generator))
+    x = amaxes / 7 * (torch.arange(-7, 8) - 0.5).repeat_interleave(7).clamp(-7, 7)
+    ulps = (torch.arange(105) % 7 - 3).int()
+    x = (x.view(torch.int32) + ulps).view(torch.float32).clamp(-amaxes, amaxes)
+    x = torch.cat([amaxes, x, torch.zeros(256, 6)], 1)
+    assert_same(x, IntFormat(4))
+    assert_same(x, IntFormat(8, False), 0.7)
+
+
 def test_shapes():
     x = rows(6, 64, torch.float16)
     assert_same(x.view(2, 3, 64), IntFormat(4))
@@ -72,6 +85,7 @@ def test_shapes():
         (lambda x, **o: quantize(x.new_zeros(1, 32776), IntFormat(4), **o), "at most 32768"),
         (lambda x, **o: quantize(x[:, ::2], IntFormat(4), **o), "contiguous"),
         (lambda x, **o: quantize(x.view(-1)[2:66], IntFormat(4), **o), "16 bytes"),
+        (lambda x, **o: quantize(x, IntFormat(4), 1e-7, **o), "clip must be at least 1e-06"),
         (lambda x, **o: quantize(x, IntFormat(3), layout=Layout.ROW_MAJOR, **o), "4 or 8 bits"),
     ],
 )

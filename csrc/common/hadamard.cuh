@@ -118,13 +118,17 @@ __device__ __forceinline__ void butterfly(float& a, float& b) {
 }
 
 // Among 8 neighbours.
-__device__ __forceinline__ void low_butterflies(float (&x)[kVector], int bits) {
+template <int kUnits>
+__device__ __forceinline__ void low_butterflies(float (&x)[kUnits][kVector], int bits) {
 #pragma unroll
   for (int k = 0; k < 3; ++k) {
     if (k < bits) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        if ((i >> k & 1) == 0) butterfly(x[i], x[i | 1 << k]);
+      for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          if ((i >> k & 1) == 0) butterfly(x[u][i], x[u][i | 1 << k]);
+        }
       }
     }
   }
@@ -186,6 +190,7 @@ __device__ __forceinline__ void multiply(float (&d)[Tile::kM][Tile::kN][4], cons
     for (int j = 0; j < kN; ++j) d[m][j][0] = d[m][j][1] = d[m][j][2] = d[m][j][3] = 0.0f;
   }
   const int column = first_n + g * kN;
+  const int first_row = block * r.dense + t;
   uint32_t words[kM] = {};
 #pragma unroll 1
   for (int k = 0; k < m_tiles; ++k) {
@@ -199,45 +204,52 @@ __device__ __forceinline__ void multiply(float (&d)[Tile::kM][Tile::kN][4], cons
 #pragma unroll
     for (int half = 0; half < kN / kAtOnce; ++half) {
       // x of rows t, t + 4, t + 8 and t + 12, and kAtOnce columns
+      const int at = column + 4 * (half ^ (kN == 8 ? g & 1 : 0));
+      const int slot = slot_at(r, 0, at / kSlot);
       float x[4][kAtOnce];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = k * 16 + t + 4 * i;
-        const bool valid = row < r.dense && column < r.columns;
-        const int at = column + 4 * (half ^ (kN == 8 ? g & 1 : 0));
-        const int slot = slot_at(r, block * r.dense + row, at / kSlot);
+        const int row = k * 16 + 4 * i;
+        const float4* from = slots + slot_at(r, first_row + row, 0) + slot;
+        const bool valid = row + t < r.dense && column < r.columns;
         if constexpr (kN == 8) {
-          const float4 v = valid ? slots[slot] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          if (valid) v = *from;
           x[i][0] = v.x, x[i][1] = v.y, x[i][2] = v.z, x[i][3] = v.w;
         } else {
-          const float2* pairs = reinterpret_cast<const float2*>(slots + slot);
-          const float2 v = valid ? pairs[g & 1] : make_float2(0.0f, 0.0f);
+          float2 v = make_float2(0.0f, 0.0f);
+          if (valid) v = reinterpret_cast<const float2*>(from)[g & 1];
           x[i][0] = v.x, x[i][1] = v.y;
         }
       }
-      uint32_t b[3][kAtOnce][2];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
+      for (int pair = 0; pair < kAtOnce; pair += 2) {
+        uint32_t b[3][2][2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint32_t terms[3];
-          cut(terms, x[2 * i][j], x[2 * i + 1][j]);
+        for (int j = 0; j < 2; ++j) {
 #pragma unroll
-          for (int term = 0; term < 3; ++term) b[term][j][i] = terms[term];
-        }
-      }
+          for (int i = 0; i < 2; ++i) {
+            uint32_t terms[3];
+            cut(terms, x[2 * i][pair + j], x[2 * i + 1][pair + j]);
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        if (first_m / 16 + m < m_tiles) {
-          uint32_t a[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            a[i] = kBf16x2_One | ((words[m] << (4 * (k % 4) + i)) & kBf16x2_Sign);
+            for (int term = 0; term < 3; ++term) b[term][j][i] = terms[term];
           }
+        }
 #pragma unroll
-          for (int term = 0; term < 3; ++term) {
+        for (int m = 0; m < kM; ++m) {
+          if (first_m / 16 + m < m_tiles) {
+            uint32_t a[4];
 #pragma unroll
-            for (int j = 0; j < kAtOnce; ++j) mma_bf16(d[m][half * kAtOnce + j], a, b[term][j]);
+            for (int i = 0; i < 4; ++i) {
+              a[i] = kBf16x2_One | ((words[m] << (4 * (k % 4) + i)) & kBf16x2_Sign);
+            }
+#pragma unroll
+            for (int term = 0; term < 3; ++term) {
+#pragma unroll
+              for (int j = 0; j < 2; ++j) {
+                mma_bf16(d[m][half * kAtOnce + pair + j], a, b[term][j]);
+              }
+            }
           }
         }
       }
@@ -303,14 +315,27 @@ __device__ __forceinline__ void dense_factor(float4* slots, const uint32_t* __re
   }
 }
 
+// The thread's units; zeros where it has none, so that none is kept in registers until here.
+template <int kUnits>
+__device__ __forceinline__ void load_units(float (&x)[kUnits][kVector], const float4* slots,
+                                           const Rotation& r, const Strides& strides) {
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    const int element = strides.element(u, r.length);
+    zero_unit(x[u]);
+    if (element < r.length) load_unit(x[u], slots, unit_at(r, element));
+  }
+}
+
 // ---- rotate and quantize a row -----------------------------------------------------------------
 //
 //   step 1  units from memory, low and first butterflies
 //   step 2  exchange; the dense factor, in shared memory
 //   step 3  last butterflies, 1 / sqrt(order), the range over the block
 //   step 4  scale and zero point, then codes, 8 a thread and store
-// source.load(x, at) gives 8 elements from `at` of the tensor on. One that computes a lot
-// (kIsStaged) does so in a loop that is not unrolled, with shared memory in place of registers.
+// A source is a tensor x, of which 8 elements are a Raw. One that computes a lot has kIsStaged, and
+// load(x, at) gives 8 elements from `at` on: that runs in a loop that is not unrolled, and shared
+// memory holds what registers cannot, as they have no run-time index.
 template <class Tile, class Source>
 __device__ __forceinline__ void rotate_and_quantize(const Source& source,
                                                     const uint32_t* __restrict__ signs,
@@ -329,37 +354,33 @@ __device__ __forceinline__ void rotate_and_quantize(const Source& source,
     for (int u = 0; u < kUnits; ++u) {
       const int element = r.first.element(u, r.length);
       if (element < r.length) {
-        float unit[kVector];
-        source.load(unit, start + element);
+        float unit[1][kVector];
+        source.load(unit[0], start + element);
         low_butterflies(unit, r.low_bits);
-        store_unit(slots, unit_at(r, element), unit);
+        store_unit(slots, unit_at(r, element), unit[0]);
       }
     }
-  }
-  if (!Source::kIsStaged || r.first.bits > 0 || !r.exchange) {
+    if (r.first.bits > 0 || !r.exchange) load_units(x, slots, r, r.first);
+  } else {
+    typename Source::Raw raw[kUnits];
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       const int element = r.first.element(u, r.length);
+      if (element < r.length) raw[u].load(source.x + start + element);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
       zero_unit(x[u]);
-      if (element < r.length) {
-        if constexpr (Source::kIsStaged) {
-          load_unit(x[u], slots, unit_at(r, element));
-        } else {
-          source.load(x[u], start + element);
-        }
-      }
+      if (r.first.element(u, r.length) < r.length) raw[u].widen(x[u]);
     }
-    if constexpr (!Source::kIsStaged) {
+    low_butterflies(x, r.low_bits);
+  }
+  strided_butterflies(x, r.first.bits);
+  if (r.exchange && (!Source::kIsStaged || r.first.bits > 0)) {
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) low_butterflies(x[u], r.low_bits);
-    }
-    strided_butterflies(x, r.first.bits);
-    if (r.exchange) {
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        const int element = r.first.element(u, r.length);
-        if (element < r.length) store_unit(slots, unit_at(r, element), x[u]);
-      }
+    for (int u = 0; u < kUnits; ++u) {
+      const int element = r.first.element(u, r.length);
+      if (element < r.length) store_unit(slots, unit_at(r, element), x[u]);
     }
   }
 
@@ -372,12 +393,7 @@ __device__ __forceinline__ void rotate_and_quantize(const Source& source,
     }
 
     // step 3
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const int element = r.last.element(u, r.length);
-      zero_unit(x[u]);  // so that none is kept in registers during step 2
-      if (element < r.length) load_unit(x[u], slots, unit_at(r, element));
-    }
+    load_units(x, slots, r, r.last);
     strided_butterflies(x, r.last.bits);
   }
   Range range;

@@ -84,6 +84,27 @@ __device__ __forceinline__ int32_t dp4a(uint32_t a, uint32_t b, int32_t c) {
 #endif
 }
 
+// The smaller and the larger; nan where either is.
+__device__ __forceinline__ float min_nan(float a, float b) {
+#ifdef LOWBIT_EMULATE
+  return emulator::min_nan(a, b);
+#else
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#endif
+}
+
+__device__ __forceinline__ float max_nan(float a, float b) {
+#ifdef LOWBIT_EMULATE
+  return -emulator::min_nan(-a, -b);
+#else
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#endif
+}
+
 // ---- shared memory ---------------------------------------------------------------------------
 
 // 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.

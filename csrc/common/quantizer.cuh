@@ -12,7 +12,6 @@ namespace lowbit {
 
 constexpr int kVector = 8;                     // elements
 constexpr float kMinScale = 1.0f / (1 << 24);  // MIN_SCALE of lowbit/formats.py
-constexpr uint32_t kInfBits = 0x7F800000;      // of fp32; those of |nan| are above
 constexpr float kMaxFp16 = 65504.0f, kMaxFp32 = 3.402823466e+38f;
 
 // The integer grid of a call.
@@ -34,16 +33,30 @@ __host__ inline IntGrid int_grid(int64_t bits, bool symmetric, double clip, bool
           half_scale};
 }
 
-// 16 bytes a load for fp16 and bf16, twice that for fp32; `from` is aligned to its vector.
+// 8 elements as they are in memory. Kernels load all that they need before they widen any, so that
+// the loads are under way together.
+template <class T>
+struct RawVector {
+  static constexpr int kLoads = sizeof(T) * kVector / 16;  // 1 for fp16 and bf16, 2 for fp32
+  uint4 words[kLoads];
+
+  __device__ __forceinline__ void load(const T* from) {  // aligned to 16 bytes
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) words[i] = reinterpret_cast<const uint4*>(from)[i];
+  }
+
+  __device__ __forceinline__ void widen(float (&x)[kVector]) const {
+    const T* elements = reinterpret_cast<const T*>(words);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[i] = to_float(elements[i]);
+  }
+};
+
 template <class T>
 __device__ __forceinline__ void load_vector(float (&x)[kVector], const T* from) {
-  constexpr int kLoads = sizeof(T) * kVector / 16;
-  uint4 raw[kLoads];
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) raw[i] = reinterpret_cast<const uint4*>(from)[i];
-  const T* elements = reinterpret_cast<const T*>(raw);
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) x[i] = to_float(elements[i]);
+  RawVector<T> raw;
+  raw.load(from);
+  raw.widen(x);
 }
 
 // The other way round; each narrowed once.
@@ -58,23 +71,18 @@ __device__ __forceinline__ void store_vector(T* to, const float (&x)[kVector]) {
   for (int i = 0; i < kStores; ++i) reinterpret_cast<uint4*>(to)[i] = raw[i];
 }
 
-// What a scale is computed from. `worst` is the largest |x| by its bits, which for non-negative
-// floats order as integers do, nan last: unlike fmaxf it does not lose a nan.
+// What a scale is computed from; nan where an element is.
 struct Range {
-  uint32_t worst = 0;
   float lo = 0.0f, hi = 0.0f;
 
   __device__ __forceinline__ void include(float x) {
-    const uint32_t bits = bit_cast<uint32_t>(x) & 0x7FFFFFFF;
-    worst = bits > worst ? bits : worst;
-    lo = fminf(lo, x);
-    hi = fmaxf(hi, x);
+    lo = min_nan(lo, x);
+    hi = max_nan(hi, x);
   }
 
   __device__ __forceinline__ void include(const Range& other) {
-    worst = other.worst > worst ? other.worst : worst;
-    lo = fminf(lo, other.lo);
-    hi = fmaxf(hi, other.hi);
+    lo = min_nan(lo, other.lo);
+    hi = max_nan(hi, other.hi);
   }
 };
 
@@ -86,7 +94,6 @@ __device__ __forceinline__ Range reduce_range(Range range, Range* scratch) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
     Range other;
-    other.worst = shuffle_xor(range.worst, mask);
     other.lo = shuffle_xor(range.lo, mask);
     other.hi = shuffle_xor(range.hi, mask);
     range.include(other);
@@ -111,47 +118,89 @@ __device__ __forceinline__ Range reduce_range(Range range, Range* scratch) {
   return reduce_range<kWarp>(range, nullptr);
 }
 
+// A quotient x / s, correctly rounded, by Markstein's sequence from y = 1 / s, correctly rounded:
+//   q0 = x y,   r = x - s q0,   q = q0 + r y          (each rounded once)
+// What is rounded last is within 2^-23 units in the last place of x / s, so q could differ from it
+// only where x / s lies so close to the middle between two numbers. All such pairs of mantissas,
+// 87 million, were tried: it never does (docs/notes/0003). Nothing may leave the normal range: s is
+// 2^-24 or more, multiplied by 2^-64 with x where it is large, and |x / s| < 2^100 as clip is not
+// tiny (CUDA_MIN_CLIP of lowbit/ops/quantize.py).
 struct Scale {
-  float scale, zero_point;
+  float scale, zero_point;  // as they are stored
+  float divisor, inverse;   // s and y
+  bool is_large;
+  uint32_t keep;  // all bits; none where the row is not finite, whose codes are 0
 };
 
+constexpr float kLargeScale = 18446744073709551616.0f;  // 2^64
+
 // scale, rounded as it is stored, and zero_point (0 when symmetric). A row that is not finite has
-// scale nan.
+// scale nan, by the bits that torch writes.
 __device__ __forceinline__ Scale scale_of(const Range& range, const IntGrid& grid) {
+  const float worst = max_nan(-range.lo, range.hi);
   const float lo = mul_rn(range.lo, grid.clip), hi = mul_rn(range.hi, grid.clip);
-  const float span =
-      grid.symmetric ? mul_rn(bit_cast<float>(range.worst), grid.clip) : add_rn(hi, -lo);
+  const float span = grid.symmetric ? mul_rn(worst, grid.clip) : add_rn(hi, -lo);
   float scale = div_rn(span, grid.qmax);
   scale = fminf(fmaxf(scale, kMinScale), grid.half_scale ? kMaxFp16 : kMaxFp32);
   if (grid.half_scale) scale = __half2float(__float2half_rn(scale));
-  if (range.worst >= kInfBits) return {bit_cast<float>(0x7FC00000u), 0.0f};
-  if (grid.symmetric) return {scale, 0.0f};
-  return {scale, fminf(fmaxf(rintf(div_rn(-lo, scale)), 0.0f), grid.qmax)};
+  float zero_point = 0.0f;
+  if (!grid.symmetric) zero_point = fminf(fmaxf(rintf(div_rn(-lo, scale)), 0.0f), grid.qmax);
+  const bool finite = worst <= kMaxFp32, is_large = scale > kLargeScale;
+  const float divisor = is_large ? scale / kLargeScale : scale;
+  return {finite ? scale : bit_cast<float>(0x7FC00000u),
+          finite ? zero_point : 0.0f,
+          divisor,
+          div_rn(1.0f, divisor),
+          is_large,
+          finite ? ~0u : 0u};
 }
 
-// The code of x; 0 where x or the scale is nan, which fmaxf and fminf would drop.
-__device__ __forceinline__ int code_of(float x, const Scale& scale, const IntGrid& grid) {
-  const float steps = add_rn(rintf(div_rn(x, scale.scale)), scale.zero_point);
-  const float code = fminf(fmaxf(steps, grid.qmin), grid.qmax);
-  return steps == steps ? static_cast<int>(code) : 0;
+// fp32 counts in steps of 1 from 2^23 to 2^24, so adding 1.5 * 2^23 rounds every |x| < 2^22 to an
+// integer, half to even, and leaves it in the low bits: kRounderBits + the integer.
+constexpr float kRounder = 12582912.0f;
+constexpr uint32_t kRounderBits = 0x4B40'0000;
+
+// The sum of kCodes numbers, `first` the first, each kBits above the one before; what overflows is
+// lost.
+template <int kCodes, int kBits>
+__host__ __device__ constexpr uint32_t repeated(uint32_t first) {
+  uint32_t sum = 0;
+  for (int i = 0; i < kCodes; ++i) sum += first << (i * kBits);
+  return sum;
+}
+
+// kCodes codes of kBits bits from `rounded`, integers c on kRounderBits. Their sum is one of whole
+// words, with carries. Asymmetric: the zero point makes each c >= 0, so that none is left.
+// Symmetric: half of 2^kBits does; c and c + half differ, in kBits bits, in the highest.
+template <int kCodes, int kBits>
+__device__ __forceinline__ uint32_t join(const uint32_t* rounded, const Scale& scale,
+                                         const IntGrid& grid) {
+  constexpr uint32_t kHalves = repeated<kCodes, kBits>(1u << (kBits - 1));
+  const uint32_t zero_points = static_cast<uint32_t>(scale.zero_point) * repeated<kCodes, kBits>(1);
+  uint32_t word = (grid.symmetric ? kHalves : zero_points) - repeated<kCodes, kBits>(kRounderBits);
+#pragma unroll
+  for (int i = 0; i < kCodes; ++i) word += rounded[i] << (i * kBits);
+  return (word ^ (grid.symmetric ? kHalves : 0u)) & scale.keep;
 }
 
 // Codes of 8 neighbours: to 8 bytes, or to 4 when packed; `index` of the first in the tensor.
 __device__ __forceinline__ void store_codes(uint8_t* codes, int64_t index,
                                             const float (&x)[kVector], const Scale& scale,
                                             const IntGrid& grid) {
-  uint32_t low = 0, high = 0;  // codes 0..3 and 4..7
-  const int bits = grid.packed ? 4 : 8;
-  const uint32_t mask = grid.packed ? 0xF : 0xFF;
+  const float lo = grid.qmin - scale.zero_point, hi = grid.qmax - scale.zero_point;
+  uint32_t rounded[kVector];
 #pragma unroll
-  for (int i = 0; i < kVector / 2; ++i) {
-    low |= (code_of(x[i], scale, grid) & mask) << (i * bits);
-    high |= (code_of(x[i + kVector / 2], scale, grid) & mask) << (i * bits);
+  for (int i = 0; i < kVector; ++i) {
+    const float y = scale.is_large ? mul_rn(x[i], 1.0f / kLargeScale) : x[i];
+    const float q0 = mul_rn(y, scale.inverse);
+    const float q = fmaf(fmaf(-q0, scale.divisor, y), scale.inverse, q0);
+    rounded[i] = bit_cast<uint32_t>(add_rn(fminf(fmaxf(q, lo), hi), kRounder));
   }
   if (grid.packed) {
-    *reinterpret_cast<uint32_t*>(codes + index / 2) = low | high << 16;
+    *reinterpret_cast<uint32_t*>(codes + index / 2) = join<8, 4>(rounded, scale, grid);
   } else {
-    *reinterpret_cast<uint2*>(codes + index) = make_uint2(low, high);
+    *reinterpret_cast<uint2*>(codes + index) =
+        make_uint2(join<4, 8>(rounded, scale, grid), join<4, 8>(rounded + 4, scale, grid));
   }
 }
 

@@ -43,6 +43,8 @@ inline int32_t dp4a(uint32_t a, uint32_t b, int32_t c) {
   return c;
 }
 
+inline float min_nan(float a, float b) { return a != a || a < b ? a : b; }
+
 template <int kMatrices>
 void ldmatrix(uint32_t (&r)[kMatrices], uint32_t address) {
   struct Lane {

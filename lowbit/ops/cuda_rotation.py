@@ -86,11 +86,17 @@ def signs_for_cuda(dense: int, device: torch.device) -> Tensor | None:
 
 
 def why_not_rotated_by_cuda(
-    order: int, inner: int, matrix: Tensor | None, bits: int, packed: bool, *inputs: Tensor
+    order: int,
+    inner: int,
+    matrix: Tensor | None,
+    bits: int,
+    clip: float,
+    packed: bool,
+    *inputs: Tensor,
 ) -> str | None:
     """What a CUDA kernel that rotates and quantizes the rows of its inputs leaves out."""
     K = inputs[0].shape[-1]
-    reason = why_not_quantized_by_cuda(K, bits, packed, *inputs)
+    reason = why_not_quantized_by_cuda(K, bits, clip, packed, *inputs)
     if reason:
         return reason
     if matrix is not None:

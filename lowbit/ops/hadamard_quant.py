@@ -111,8 +111,8 @@ def _why_not_triton(*args) -> str | None:
 def _why_not_cuda(*args) -> str | None:
     if not args:
         return cuda.why_not_cuda()
-    x, order, inner, matrix, bits, _, _, packed = args
-    return why_not_rotated_by_cuda(order, inner, matrix, bits, packed, x)
+    x, order, inner, matrix, bits, _, clip, packed = args
+    return why_not_rotated_by_cuda(order, inner, matrix, bits, clip, packed, x)
 
 
 def run_on_cuda(

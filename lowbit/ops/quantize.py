@@ -234,14 +234,19 @@ def _why_not_dequantized_by_triton(*args) -> str | None:
 
 
 CUDA_VECTOR = 8  # elements that a thread of a CUDA row kernel loads and stores at once
+CUDA_MIN_CLIP = 1e-6  # quotients of less overflow in the division of csrc/common/quantizer.cuh
 
 
-def why_not_quantized_by_cuda(length: int, bits: int, packed: bool, *inputs: Tensor) -> str | None:
+def why_not_quantized_by_cuda(
+    length: int, bits: int, clip: float, packed: bool, *inputs: Tensor
+) -> str | None:
     """What every CUDA kernel that quantizes rows of `length` elements leaves out."""
     if inputs[0].dtype == torch.float64:
         return "it computes in fp32, x is fp64"
     if packed and IntFormat(bits).storage_bits not in (4, 8):
         return f"it packs codes of 4 or 8 bits, not of {bits}"
+    if clip < CUDA_MIN_CLIP:
+        return f"clip must be at least {CUDA_MIN_CLIP}, it is {clip}"
     if length % CUDA_VECTOR or length > TRITON_MAX_ROW:
         return (
             f"a row must be a multiple of {CUDA_VECTOR} and at most {TRITON_MAX_ROW} elements, "
@@ -255,9 +260,9 @@ def why_not_quantized_by_cuda(length: int, bits: int, packed: bool, *inputs: Ten
 def _why_not_cuda(*args) -> str | None:
     if not args:
         return why_not_cuda()
-    x, bits, group_size, _, _, packed, _ = args
+    x, bits, group_size, _, clip, packed, _ = args
     length = group_size or x.shape[-1]
-    return why_not_quantized_by_cuda(length, bits, packed, x) or why_not_cuda(x)
+    return why_not_quantized_by_cuda(length, bits, clip, packed, x) or why_not_cuda(x)
 
 
 def _why_not_dequantized_by_cuda(*_args) -> str:

@@ -108,11 +108,12 @@ def _why_not_triton(*args) -> str | None:
 def _why_not_cuda(*args) -> str | None:
     if not args:
         return why_not_cuda()
-    x, residual, weight, _, bits, _, _, packed = args
+    x, residual, weight, _, bits, _, clip, packed = args
     if weight is not None and weight.dtype not in (x.dtype, torch.float32):
         return f"its weight must have x's dtype or fp32, it is {weight.dtype}"
     inputs = [t for t in (x, residual, weight) if t is not None]
-    return why_not_quantized_by_cuda(x.shape[-1], bits, packed, *inputs) or why_not_cuda(*inputs)
+    reason = why_not_quantized_by_cuda(x.shape[-1], bits, clip, packed, *inputs)
+    return reason or why_not_cuda(*inputs)
 
 
 RMSNORM_QUANT = Op(

@@ -117,8 +117,8 @@ def _why_not_triton(*args) -> str | None:
 def _why_not_cuda(*args) -> str | None:
     if not args:
         return cuda.why_not_cuda()
-    gate, up, order, matrix, _, bits, _, _, packed = args
-    return why_not_rotated_by_cuda(order or 1, 1, matrix, bits, packed, gate, up)
+    gate, up, order, matrix, _, bits, _, clip, packed = args
+    return why_not_rotated_by_cuda(order or 1, 1, matrix, bits, clip, packed, gate, up)
 
 
 def run_on_cuda(
