@@ -60,14 +60,16 @@ void for_each(Visit visit) {
   std::apply([&](auto... each) { (visit(each), ...); }, Types());
 }
 
-// What a stage of each tile costs, in clocks of an SM, and how many blocks an SM needs to be that
-// fast: estimates, docs/notes/0004.
+// Estimates, in clocks of an SM (docs/notes/0004): of a stage of each tile, at the rate that takes
+// so many blocks an SM; and what a block costs besides, and a split.
 struct TileCost {
-  int clocks, blocks_to_fill;
+  int stage_clocks, blocks_to_fill;
 };
 constexpr TileCost kTileCosts[] = {{320, 3}, {400, 2}, {1350, 1}};
 static_assert(std::size(kTileCosts) == std::tuple_size_v<Tiles>, "a cost for each tile");
-constexpr int kBlockStages = 2, kSplitStages = 1;  // what a block, and a split, costs besides
+constexpr int kBlockStages = 2;     // as many stages: the first copies' latency, the epilogue
+constexpr int kSplitStages = 2;     // a block's sums to L2, and from there
+constexpr int kSplitClocks = 4000;  // once: the arrivals are zeroed, the last block waits for them
 constexpr int kMaxSplits = 32;
 
 struct Plan {
@@ -85,14 +87,16 @@ Plan plan(int64_t M, int64_t N, int64_t K, bool is_int4, int num_sms) {
     const int this_index = index++;
     if (tokens_before >= M) return;  // a smaller tile holds all tokens
     tokens_before = tile.kTokens;
-    const auto [clocks, blocks_to_fill] = kTileCosts[this_index];
+    const TileCost cost = kTileCosts[this_index];
     const int64_t tiles = ceil_div<int64_t>(M, tile.kTokens) * ceil_div<int64_t>(N, tile.kChannels);
     for (int splits = 1; splits <= kMaxSplits && splits <= stages; ++splits) {
       const int of_split = ceil_div(stages, splits);
       if (ceil_div(stages, of_split) != splits) continue;  // as fewer splits do
       const int64_t rounds = ceil_div<int64_t>(tiles * splits, num_sms);
-      const int64_t time = std::max<int64_t>(rounds, blocks_to_fill) * clocks *
-                           (of_split + kBlockStages + (splits > 1 ? kSplitStages : 0));
+      const int64_t of_block = of_split + kBlockStages + (splits > 1 ? kSplitStages : 0);
+      const int64_t time =
+          std::max<int64_t>(rounds, cost.blocks_to_fill) * of_block * cost.stage_clocks +
+          (splits > 1 ? kSplitClocks : 0);
       if (time < shortest) {
         shortest = time;
         best = {this_index, static_cast<int>(tiles), splits, of_split};
@@ -221,7 +225,7 @@ std::string describe(const int64_t* numbers, int n, int, int num_sms) {
   for_each<Tiles>([&](auto tile) {
     if (index++ == chosen.tile) name = tile.name();
   });
-  return text(name, ", ", chosen.tiles, " tiles, ", chosen.splits, " splits of ",
+  return text(name, ": ", chosen.tiles, " tiles x ", chosen.splits, " splits of ",
               chosen.stages_per_split, " stages");
 }
 
