@@ -65,27 +65,27 @@ class Op:
 
     def reasons(self, *args) -> dict[str, str | None]:
         """backend -> why it cannot run this call, None for one that can, in order of preference."""
-        reasons = {}
-        for name in BACKENDS:
-            if name == "reference":
-                reasons[name] = None
-            elif name in self.backends:
-                reasons[name] = self.backends[name].why_not(*args)
-        return reasons
+        return {name: self._why_not(name, args) for name in BACKENDS if self._has(name)}
+
+    def _has(self, name: str) -> bool:
+        return name == "reference" or name in self.backends
+
+    def _why_not(self, name: str, args: tuple) -> str | None:
+        return None if name == "reference" else self.backends[name].why_not(*args)
 
     def _run(self, *args, backend: str | None = None):
         self.check(*args)
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"{self.name}: backend must be one of {BACKENDS}, got {backend!r}")
-        reasons = self.reasons(*args)
-        for name, reason in reasons.items():
-            if backend in (None, name) and reason is None:
+        for name in BACKENDS:  # those after the one that runs are not asked
+            if backend in (None, name) and self._has(name) and self._why_not(name, args) is None:
                 run = self.reference if name == "reference" else self.backends[name].load()
                 return run(*args)
         asked = (
             "no backend can" if backend is None else f"backend {backend!r} was asked for and cannot"
         )
-        listed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items() if reason)
+        reasons = self.reasons(*args).items()
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in reasons if reason)
         raise NoBackendError(f"{self.name}: {asked} run this call\n{listed}")
 
     def _fake(self, *args, backend: str | None = None):
