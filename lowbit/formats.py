@@ -33,14 +33,15 @@ FRAGMENT_TILE = 64  # rows and columns of a tile of the kernel layouts
 class Layout(str, Enum):
     """How codes lie in memory. Only ROW_MAJOR is ever saved.
 
-    The last two are kernel layouts of symmetric weights [N, K]: tiles of 64 x 64 codes, padded with
-    zeros, in the order in which the lanes of a warp hold the A operand of a matrix instruction.
+    The last three are kernel layouts of weights [N, K]: tiles of 64 x 64 codes, padded with zeros,
+    in the order in which the lanes of a warp hold the A operand of a matrix instruction.
     """
 
     ROW_MAJOR = "row_major"  # packed, code 0 in the lowest bits, uint8
     BYTES = "bytes"  # one code per byte, int8 (symmetric) or uint8 (asymmetric)
     FRAGMENT = "fragment"  # of 8-bit matrix instructions, m16n8k32; codes of 4 or 8 bits
     FRAGMENT_INT4 = "fragment_int4"  # of the 4-bit one, m16n8k64
+    FRAGMENT_FLOAT = "fragment_float"  # of those of fp16 and bf16, m16n8k16; codes of 4 or 8 bits
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,11 @@ class IntFormat:
 
 
 # kernel layout -> widths of stored codes it is made for
-FRAGMENT_BITS = {Layout.FRAGMENT: (4, 8), Layout.FRAGMENT_INT4: (4,)}
+FRAGMENT_BITS = {
+    Layout.FRAGMENT: (4, 8),
+    Layout.FRAGMENT_INT4: (4,),
+    Layout.FRAGMENT_FLOAT: (4, 8),
+}
 
 
 def codes_shape(format: IntFormat, layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -115,10 +120,12 @@ def codes_shape(format: IntFormat, layout: Layout, shape: tuple[int, ...]) -> tu
         if K * bits % 8:
             raise InputError(f"a packed row must fill whole bytes, got {K} codes of {bits} bits")
         return (*shape[:-1], K * bits // 8)
-    if len(shape) != 2 or not format.symmetric or bits not in FRAGMENT_BITS[layout]:
+    takes_format = format.symmetric or layout is Layout.FRAGMENT_FLOAT
+    if len(shape) != 2 or not takes_format or bits not in FRAGMENT_BITS[layout]:
+        kind = "weights" if layout is Layout.FRAGMENT_FLOAT else "symmetric weights"
         widths = " or ".join(map(str, FRAGMENT_BITS[layout]))
         raise InputError(
-            f"layout {layout.value!r} is for symmetric weights [N, K] of {widths} stored bits, "
+            f"layout {layout.value!r} is for {kind} [N, K] of {widths} stored bits, "
             f"got shape {tuple(shape)}, symmetric={format.symmetric}, {bits} stored bits"
         )
     tiles = (-(-size // FRAGMENT_TILE) for size in shape)

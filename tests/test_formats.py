@@ -241,6 +241,10 @@ def test_packed_tensor_is_frozen_and_counts_its_bytes():
             "'fragment_int4' is for symmetric weights .* of 4 stored bits, .* 8 stored bits",
         ),
         (
+            {"format": IntFormat(2, False, 4), "layout": Layout.FRAGMENT_FLOAT},
+            r"'fragment_float' is for weights \[N, K\] of 4 or 8 stored bits, .* 2 stored bits",
+        ),
+        (
             {"format": IntFormat(3, False, 4), "shape": torch.Size((2, 4))},
             "a packed row must fill whole bytes, got 4 codes of 3 bits",
         ),
@@ -289,7 +293,13 @@ def test_drawing(bits):
             assert_bitwise(pack(codes, bits), expected)
 
 
-FRAGMENTS = [(Layout.FRAGMENT, 8), (Layout.FRAGMENT, 4), (Layout.FRAGMENT_INT4, 4)]
+FRAGMENTS = [
+    (Layout.FRAGMENT, 8),
+    (Layout.FRAGMENT, 4),
+    (Layout.FRAGMENT_INT4, 4),
+    (Layout.FRAGMENT_FLOAT, 8),
+    (Layout.FRAGMENT_FLOAT, 4),
+]
 
 
 def weight_of(codes: torch.Tensor, bits: int) -> PackedTensor:

@@ -125,8 +125,9 @@ def test_to_layout_and_back(bits, symmetric):
 
 
 # Where a lane's registers lie in the A operand, as the PTX ISA gives it for mma.m16n8k32 with 8-bit
-# and mma.m16n8k64 with 4-bit operands: groupID = lane >> 2, threadID_in_group = lane % 4, and for
-# the i-th element of the lane's fragment, 4 or 8 of them to a register a0 .. a3,
+# operands, m16n8k64 with 4-bit and m16n8k16 with 16-bit ones: groupID = lane >> 2,
+# threadID_in_group = lane % 4, and for the i-th element of the lane's fragment, 4, 8 or 2 of them
+# to a register a0 .. a3,
 #
 #     row = groupID where 0 <= i < n or 2n <= i < 3n, else groupID + 8       n: elements a register
 #     col = threadID_in_group * n + (i & (n - 1)) where i < 2n, else that + 4n
@@ -151,13 +152,19 @@ def slow_fragment(codes: torch.Tensor, layout: Layout, bits: int) -> torch.Tenso
     def code(row: int, column: int) -> int:
         return int(codes[row, column]) & (2**bits - 1) if row < N and column < K else 0
 
-    k = 64 if layout is Layout.FRAGMENT_INT4 else 32  # columns of an instruction
+    # columns of an instruction
+    k = {Layout.FRAGMENT: 32, Layout.FRAGMENT_INT4: 64, Layout.FRAGMENT_FLOAT: 16}[layout]
     places = list(fragment_places(k // 8))
     for tile_n, tile_k, r, step in np.ndindex(*tiles, 4, 64 // k):
         for lane, register, element, row, column in places:
             value = code(64 * tile_n + 16 * r + row, 64 * tile_k + k * step + column)
             if layout is Layout.FRAGMENT_INT4:  # element 0 in the lowest bits of the register
                 word, shift = 128 * r + 4 * lane + register, 4 * element
+            elif layout is Layout.FRAGMENT_FLOAT and bits == 4:  # a word is a step
+                word, shift = 128 * r + 4 * lane + step, 16 * element + 4 * register
+            elif layout is Layout.FRAGMENT_FLOAT:  # a word is two registers of a step
+                word = 128 * (2 * r + step // 2) + 4 * lane + 2 * (step % 2) + register // 2
+                shift = 16 * element + 8 * (register % 2)
             elif bits == 8:
                 word, shift = 128 * (2 * r + step) + 4 * lane + register, 8 * element
             else:  # a byte holds the codes of both steps, the first in its high nibble
@@ -173,7 +180,11 @@ def weight_of(codes: torch.Tensor, bits: int) -> PackedTensor:
 
 FRAGMENTS = pytest.mark.parametrize(
     ("layout", "bits"),
-    [(Layout.FRAGMENT, 8), (Layout.FRAGMENT, 4), (Layout.FRAGMENT_INT4, 4), (Layout.FRAGMENT, 6)],
+    [
+        *((Layout.FRAGMENT, 8), (Layout.FRAGMENT, 4), (Layout.FRAGMENT, 6)),
+        (Layout.FRAGMENT_INT4, 4),
+        *((Layout.FRAGMENT_FLOAT, 8), (Layout.FRAGMENT_FLOAT, 4), (Layout.FRAGMENT_FLOAT, 6)),
+    ],
 )
 
 
@@ -195,7 +206,8 @@ def test_fragment_is_that_of_the_matrix_instruction(layout, bits, shape):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_place_of_a_tile(bits):
     """The one code that is not 0 moves to one nibble or byte of its own."""
-    for layout in (Layout.FRAGMENT, Layout.FRAGMENT_INT4)[: 1 + (bits == 4)]:
+    layouts = (Layout.FRAGMENT, Layout.FRAGMENT_FLOAT, Layout.FRAGMENT_INT4)
+    for layout in layouts[: 2 + (bits == 4)]:
         seen = set()
         for row, column in np.ndindex(64, 64):
             codes = torch.zeros(64, 64, dtype=torch.int8)
@@ -217,11 +229,24 @@ def test_fragment_registers_are_codes_times_16():
     assert_bitwise(registers.flatten().view(torch.uint8), expected.flatten())
 
 
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_asymmetric_codes_in_fragments(bits):
+    """The bits of the symmetric ones, and back as unsigned codes."""
+    codes = random_codes((70, 66), bits, False)
+    format, zeros = IntFormat(bits, False), torch.zeros(70, 1, dtype=torch.uint8)
+    w = PackedTensor(codes, torch.ones(70, 1), zeros, format, Layout.BYTES, codes.shape)
+    got = to_layout(w, Layout.FRAGMENT_FLOAT)
+    assert_bitwise(got.codes, slow_fragment(codes, got.layout, format.storage_bits))
+    assert_bitwise(to_layout(got, Layout.BYTES), w)
+    assert_bitwise(to_layout(got, Layout.ROW_MAJOR), to_layout(w, Layout.ROW_MAJOR))
+
+
 def test_fragment_and_back_between_kernel_layouts():
     w = to_layout(weight_of(random_codes((70, 66), 4, True), 4), Layout.FRAGMENT)
     other = to_layout(w, Layout.FRAGMENT_INT4)
     assert not torch.equal(other.codes, w.codes)
     assert_bitwise(to_layout(other, Layout.FRAGMENT), w)
+    assert_bitwise(to_layout(to_layout(other, Layout.FRAGMENT_FLOAT), Layout.FRAGMENT), w)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +255,8 @@ def test_fragment_and_back_between_kernel_layouts():
         (IntFormat(4, False), (8, 64), Layout.FRAGMENT, "symmetric=False, 4 stored bits"),
         (IntFormat(3), (8, 64), Layout.FRAGMENT, "of 4 or 8 stored bits, .* 3 stored bits"),
         (IntFormat(8), (8, 64), Layout.FRAGMENT_INT4, "of 4 stored bits, .* 8 stored bits"),
+        (IntFormat(2, False), (8, 64), Layout.FRAGMENT_FLOAT, "of 4 or 8 stored bits, .* 2 stored"),
+        (IntFormat(4), (2, 8, 64), Layout.FRAGMENT_FLOAT, r" \[N, K\] .* shape \(2, 8, 64\)"),
         (IntFormat(4), (2, 8, 64), Layout.FRAGMENT, r"weights \[N, K\] .* shape \(2, 8, 64\)"),
         (IntFormat(4), (64,), Layout.FRAGMENT_INT4, r"weights \[N, K\] .* shape \(64,\)"),
     ],
@@ -237,9 +264,7 @@ def test_fragment_and_back_between_kernel_layouts():
 def test_fragment_refuses(format, shape, layout, message):
     for source in (Layout.BYTES, Layout.ROW_MAJOR):
         t = quantize(torch.ones(shape), format, layout=source)
-        with pytest.raises(
-            ValueError, match=f"layout '{layout.value}' is for symmetric.*{message}"
-        ):
+        with pytest.raises(ValueError, match=f"layout '{layout.value}' is for .*{message}"):
             to_layout(t, layout)
 
 

@@ -146,23 +146,27 @@ def unpack(packed: Tensor, bits: int, signed: bool, backend: str | None = None) 
 
 # How a kernel layout's axes follow from those of the matrix: (layout, stored bits) -> axes that the
 # columns of a tile split into, and the order of all axes in memory, slowest first. Rows split into
-# r (16 of them), w (8) and g; lane = 4 g + t. Axes of a packed layout end with its two nibbles.
+# r (16 of them), w_low (8) and g; lane = 4 g + t. Axes of a packed layout end with its two nibbles.
 _ROW_AXES, _ROW_SIZES = ("tile_n", "r", "w_low", "g"), (4, 2, 8)
 _COLUMN_AXES = {
     (Layout.FRAGMENT, 8): (("s", "w_high", "t", "b"), (2, 2, 4, 4)),
     (Layout.FRAGMENT, 4): (("s", "w_high", "t", "b"), (2, 2, 4, 4)),
     (Layout.FRAGMENT_INT4, 4): (("w_high", "t", "b", "nibble"), (2, 4, 4, 2)),
+    (Layout.FRAGMENT_FLOAT, 8): (("s", "w", "t", "half"), (2, 4, 4, 2)),
+    (Layout.FRAGMENT_FLOAT, 4): (("w", "w_high", "t", "half"), (4, 2, 4, 2)),
 }
 _LANE_AXES = ("g", "t", "w_high", "w_low", "b")
 _MEMORY_AXES = {
     (Layout.FRAGMENT, 8): ("tile_n", "tile_k", "r", "s", *_LANE_AXES),
     (Layout.FRAGMENT, 4): ("tile_n", "tile_k", "r", *_LANE_AXES, "s"),
     (Layout.FRAGMENT_INT4, 4): ("tile_n", "tile_k", "r", *_LANE_AXES, "nibble"),
+    (Layout.FRAGMENT_FLOAT, 8): ("tile_n", "tile_k", "r", "s", "g", "t", "w", "half", "w_low"),
+    (Layout.FRAGMENT_FLOAT, 4): ("tile_n", "tile_k", "r", "g", "t", "w", "half", "w_high", "w_low"),
 }
 
 
 def _to_fragment(codes: Tensor, layout: Layout, bits: int) -> Tensor:
-    """uint8 [ceil(N / 64), ceil(K / 64), bytes of a tile] of int8 codes [N, K]."""
+    """uint8 [ceil(N / 64), ceil(K / 64), bytes of a tile] of int8 or uint8 codes [N, K]."""
     columns, sizes = _COLUMN_AXES[layout, bits]
     axes = (*_ROW_AXES, "tile_k", *columns)
     N, K = codes.shape
@@ -174,12 +178,15 @@ def _to_fragment(codes: Tensor, layout: Layout, bits: int) -> Tensor:
     return PACK.reference(tiles.flatten(2), bits)
 
 
-def fragment_codes(fragment: Tensor, layout: Layout, bits: int, shape: tuple[int, int]) -> Tensor:
-    """int8 codes [N, K] = `shape` of a kernel layout's bytes; `bits` is a storage width."""
+def fragment_codes(
+    fragment: Tensor, layout: Layout, bits: int, shape: tuple[int, int], signed: bool = True
+) -> Tensor:
+    """Codes [N, K] = `shape` of a kernel layout's bytes, int8 when signed, else uint8; `bits` is a
+    storage width."""
     columns, sizes = _COLUMN_AXES[layout, bits]
     axes, memory = (*_ROW_AXES, "tile_k", *columns), _MEMORY_AXES[layout, bits]
     size = dict(zip((*_ROW_AXES[1:], *columns), (*_ROW_SIZES, *sizes), strict=True))
-    tiles = UNPACK.reference(fragment, bits, True)
+    tiles = UNPACK.reference(fragment, bits, signed)
     tiles = tiles.unflatten(2, [size[axis] for axis in memory[2:]])
     if layout is Layout.FRAGMENT and bits == 4:
         tiles = tiles.flip(-1)
@@ -199,7 +206,7 @@ def to_layout(t: PackedTensor, layout: Layout, backend: str | None = None) -> Pa
     elif t.layout is Layout.BYTES:
         codes = t.codes
     else:
-        codes = fragment_codes(t.codes, t.layout, bits, t.shape)
+        codes = fragment_codes(t.codes, t.layout, bits, t.shape, signed)
     if layout is Layout.ROW_MAJOR:
         codes = pack(codes, bits, backend)
     elif layout is not Layout.BYTES:
