@@ -17,6 +17,8 @@
 
 namespace lowbit {
 
+constexpr int kFragmentTile = 64;  // FRAGMENT_TILE of lowbit/formats.py
+
 struct Coordinate {
   int row, column;
 };

@@ -3,7 +3,9 @@
 // between them. The contract is in lowbit/ops/int_gemm.py.
 #pragma once
 
+#include "common/fragments.cuh"
 #include "common/launch.h"
+#include "common/outputs.cuh"
 
 namespace lowbit {
 
@@ -14,13 +16,9 @@ enum class IntGemmKind {
   kInt4,    // weights `fragment_int4`, activations packed: sm_80 to sm_89
 };
 
-constexpr int kFragmentTile = 64;  // FRAGMENT_TILE of lowbit/formats.py
-
 __host__ __device__ constexpr int fragment_tile_bytes(IntGemmKind kind) {
   return kFragmentTile * kFragmentTile / (kind == IntGemmKind::kBytes8 ? 1 : 2);
 }
-
-enum class FloatType { kFloat, kHalf, kBFloat16 };
 
 struct IntGemmArguments {
   const uint8_t* x;              // [M, K], or [M, K / 2] packed
@@ -52,53 +50,11 @@ inline IntGemmLauncher int_gemm_wgmma = nullptr;  // sm_90: csrc/int_gemm_sm90.c
 // ---- y
 // -------------------------------------------------------------------------------------------
 
-constexpr int kOutputs = 8;  // neighbouring channels of one token: what a thread stores at a time
-
-// Stands for a bias or residual that is not there: x + -0 is x for every x, -0 included.
-constexpr float kAbsent = -0.0f;
-
 // Every operation rounded, in the order of the contract. `acc` is exact: no factor of 16 is left.
 __device__ __forceinline__ float scaled(int32_t acc, float w_scale, float x_scale, float bias,
                                         float residual) {
   const float product = mul_rn(mul_rn(static_cast<float>(acc), w_scale), x_scale);
   return add_rn(add_rn(product, bias), residual);
-}
-
-template <class T>
-__device__ __forceinline__ void load_outputs_as(float (&values)[kOutputs], const T* from) {
-  constexpr int kLoads = sizeof(T) * kOutputs / 16;
-  uint4 raw[kLoads];
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) raw[i] = reinterpret_cast<const uint4*>(from)[i];
-  const T* elements = reinterpret_cast<const T*>(raw);
-#pragma unroll
-  for (int i = 0; i < kOutputs; ++i) values[i] = to_float(elements[i]);
-}
-
-// from[index .. index + 7], index a multiple of 8; `from` nullptr: kAbsent.
-__device__ __forceinline__ void load_outputs(float (&values)[kOutputs], const void* from,
-                                             FloatType type, int64_t index) {
-  if (from == nullptr) {
-#pragma unroll
-    for (int i = 0; i < kOutputs; ++i) values[i] = kAbsent;
-  } else if (type == FloatType::kFloat) {
-    load_outputs_as(values, static_cast<const float*>(from) + index);
-  } else if (type == FloatType::kHalf) {
-    load_outputs_as(values, static_cast<const __half*>(from) + index);
-  } else {
-    load_outputs_as(values, static_cast<const __nv_bfloat16*>(from) + index);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store_outputs_as(T* to, const float (&values)[kOutputs]) {
-  constexpr int kStores = sizeof(T) * kOutputs / 16;
-  uint4 raw[kStores];
-  T* elements = reinterpret_cast<T*>(raw);
-#pragma unroll
-  for (int i = 0; i < kOutputs; ++i) elements[i] = from_float<T>(values[i]);
-#pragma unroll
-  for (int i = 0; i < kStores; ++i) reinterpret_cast<uint4*>(to)[i] = raw[i];
 }
 
 // What eight channels n .. n + 7 add to each of their outputs, whichever the token.

@@ -84,6 +84,36 @@ __device__ __forceinline__ int32_t dp4a(uint32_t a, uint32_t b, int32_t c) {
 #endif
 }
 
+// The upper halves of two words, that of a below.
+__device__ __forceinline__ uint32_t upper_halves(uint32_t a, uint32_t b) {
+#ifdef LOWBIT_EMULATE
+  return a >> 16 | (b & 0xFFFF0000u);
+#else
+  return __byte_perm(a, b, 0x7632);
+#endif
+}
+
+// a b + c of two pairs of halves, each rounded once.
+__device__ __forceinline__ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef LOWBIT_EMULATE
+  return emulator::fma_halves<__half>(a, b, c);
+#else
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#endif
+}
+
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef LOWBIT_EMULATE
+  return emulator::fma_halves<__nv_bfloat16>(a, b, c);
+#else
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#endif
+}
+
 // The smaller and the larger; nan where either is.
 __device__ __forceinline__ float min_nan(float a, float b) {
 #ifdef LOWBIT_EMULATE
@@ -300,6 +330,20 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4],
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// The same of fp16.
+__device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4],
+                                        const uint32_t (&b)[2]) {
+#ifdef LOWBIT_EMULATE
+  emulator::mma_f16(d, a, b);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -2,6 +2,7 @@
 // What the instructions of common/ptx.cuh do, from the PTX ISA's tables (common/fragments.cuh).
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "common/fragments.cuh"
@@ -109,31 +110,44 @@ void mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   });
 }
 
-inline float bf16_half(uint32_t word, int index) {
-  const uint32_t bits = (word >> (16 * index)) << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
+template <class T>  // __half or __nv_bfloat16
+float half_of(uint32_t word, int index) {
+  const uint16_t bits = uint16_t(word >> (16 * index));
+  return float(reinterpret_cast<const T&>(bits));
+}
+
+// Rounded to fp32 on the way; a fused one rounds once, which differs where the sum is not exact.
+template <class T>
+uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int i = 0; i < 2; ++i) {
+    const T value = T(fmaf(half_of<T>(a, i), half_of<T>(b, i), half_of<T>(c, i)));
+    uint16_t bits;
+    memcpy(&bits, &value, 2);
+    result |= uint32_t(bits) << (16 * i);
+  }
+  return result;
 }
 
 // Products are exact in fp32; the order in which a tensor core adds them is its own.
-inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+template <class T>
+void mma_halves(const char* what, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   constexpr int kPer = 2, kK = 16;
   struct Lane {
     float* d;
     const uint32_t *a, *b;
   } self{d, a, b};
-  meet<kLanes>("mma.m16n8k16.bf16", self, [](Lane** lanes) {
+  meet<kLanes>(what, self, [](Lane** lanes) {
     static thread_local float A[16][kK], B[8][kK];
     for (int lane = 0; lane < kLanes; ++lane) {
       for (int e = 0; e < kPer; ++e) {
         for (int i = 0; i < 4; ++i) {
           const Coordinate at = a_fragment(lane, i, e, kPer);
-          A[at.row][at.column] = bf16_half(lanes[lane]->a[i], e);
+          A[at.row][at.column] = half_of<T>(lanes[lane]->a[i], e);
         }
         for (int i = 0; i < 2; ++i) {
           const Coordinate at = b_fragment(lane, i, e, kPer);
-          B[at.column][at.row] = bf16_half(lanes[lane]->b[i], e);
+          B[at.column][at.row] = half_of<T>(lanes[lane]->b[i], e);
         }
       }
     }
@@ -146,6 +160,14 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
       }
     }
   });
+}
+
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_halves<__nv_bfloat16>("mma.m16n8k16.bf16", d, a, b);
+}
+
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_halves<__half>("mma.m16n8k16.f16", d, a, b);
 }
 
 }  // namespace lowbit::emulator
