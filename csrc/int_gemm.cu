@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(G::kThreads, G::kMinBlocks)
 
 // A kernel is one of Tiles times one of AllOperands; both are tried in order.
 using Tiles =
-    std::tuple<Tile<64, 16, 4, 1, 4, 4>, Tile<64, 64, 2, 2, 4, 2>, Tile<128, 128, 4, 2, 3, 1>>;
+    std::tuple<Tile<64, 16, 4, 1, 40, 4>, Tile<64, 64, 2, 2, 49, 2>, Tile<128, 128, 4, 2, 98, 1>>;
 using AllOperands = std::tuple<
     Operands<IntGemmKind::kBytes4, false, false>, Operands<IntGemmKind::kBytes4, true, false>,
     Operands<IntGemmKind::kBytes4, false, true>, Operands<IntGemmKind::kBytes4, true, true>,

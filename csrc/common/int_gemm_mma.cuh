@@ -16,11 +16,17 @@ constexpr int kSteps = 4;       // of a stage: the K of one instruction each, 32
 constexpr int kGroupStep = 32;  // which are 32 codes where scales have two levels
 constexpr int kRowPad = 4;      // int32; spreads step 6's writes over the banks
 constexpr int kTokenTiles = 8;  // neighbours in M that share weights in L2
+constexpr int kMaxStages = 4;
 
-template <int kChannels_, int kTokens_, int kWarpsN_, int kWarpsM_, int kStages_, int kMinBlocks_>
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+template <int kChannels_, int kTokens_, int kWarpsN_, int kWarpsM_, int kMaxKilobytes_,
+          int kMinBlocks_>
 struct Tile {
-  static constexpr int kChannels = kChannels_, kTokens = kTokens_, kStages = kStages_;
-  static constexpr int kWarpsN = kWarpsN_, kWarpsM = kWarpsM_, kMinBlocks = kMinBlocks_;
+  static constexpr int kChannels = kChannels_, kTokens = kTokens_;
+  static constexpr int kWarpsN = kWarpsN_, kWarpsM = kWarpsM_;
+  static constexpr int kMaxBytes = kMaxKilobytes_ * 1024;  // of shared memory
+  static constexpr int kMinBlocks = kMinBlocks_;           // an SM, that registers must allow
   static constexpr int kThreads = kWarp * kWarpsN * kWarpsM;
   static constexpr int kSlabs = kChannels / kWarpsN / 16;  // of 16 channels, a warp's
   static constexpr int kPairs = kTokens / kWarpsM / 16;    // of 8 tokens, a warp's
@@ -65,9 +71,10 @@ struct Gemm : Operands_, Tile {
   static constexpr int kStageBytes = kXBytes + kWBytes + kScaleBytes;
   static constexpr int kSumsStride = Tile::kChannels + kRowPad;
   static constexpr int kSumsBytes = Tile::kTokens * kSumsStride * 4;
-  static constexpr int kAllStages = Tile::kStages * kStageBytes;
-  static constexpr int kFlagAt = kAllStages > kSumsBytes ? kAllStages : kSumsBytes;
-  static constexpr int kSmemBytes = kFlagAt + 16;
+  static constexpr int kStages = smaller(kMaxStages, Tile::kMaxBytes / kStageBytes);
+  static constexpr int kSmemBytes = kStages * kStageBytes;
+  static_assert(kStages >= 3, "copies are under way while a stage is read");
+  static_assert(kSumsBytes + static_cast<int>(sizeof(int)) <= kSmemBytes, "sums, and a flag");
   static_assert(kWBytes / kChunk % Tile::kThreads == 0, "threads copy the same number of chunks");
   static_assert(kStageBytes % 128 == 0, "rows keep their banks in every stage");
   static_assert(kSmemBytes <= 99 * 1024, "what a block can have on sm_86, sm_89 and sm_120");
@@ -79,8 +86,6 @@ struct Work {
   int tile;           // its index among those of one split
   int stage, stages;  // the first of K, and how many
 };
-
-__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
 
 // Blocks of kTokenTiles neighbours in M and all of N follow each other, M fastest.
 template <class G>
@@ -392,7 +397,7 @@ __device__ __forceinline__ void int_gemm_block(const IntGemmArguments& a, int4* 
     }
     fence_device();
     sync_block();
-    int* arrived = reinterpret_cast<int*>(smem + G::kFlagAt);
+    int* arrived = reinterpret_cast<int*>(smem + G::kSumsBytes);
     if (threadIdx.x == 0) *arrived = atomic_add(arrivals + work.tile, 1);
     sync_block();
     if (*arrived != splits - 1) return;
