@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.clock import Clock, Prepared, interleaved
 from benchmarks.machine import Roof, clocks
 from benchmarks.report import Row
+from lowbit import cuda
 from lowbit.ops.dispatch import NoBackendError, Op
 
 Peer = Callable[[], object] | str  # the call, or the reason why there is none
@@ -33,6 +34,7 @@ class Case:
     run         (*arguments, backend=...) where it is not one call of the op
     variant     what `run` then is, for the row
     prepare     (arguments, backend) -> the same, weights in the layout that the backend reads
+    plan        the numbers of the op's planner in csrc, which says what a CUDA kernel's launch is
     """
 
     op: Op
@@ -47,6 +49,7 @@ class Case:
     run: Callable | None = None
     variant: str = ""
     prepare: Callable[[tuple, str], tuple] | None = None
+    plan: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -161,6 +164,7 @@ def run_case(case: Case, backends: list[str], clock: Clock, roof: Roof) -> list[
         if name in timings:
             row = _timed(row, *timings[name], roof, case.rate, torch_us, best_us)
             row = replace(row, launch="graph" if prepared[name].is_graph else "loop", **at)
+            row = replace(row, plan=_plan(case, clock.device) if backend == "cuda" else "")
         rows.append(row)
     return rows
 
@@ -191,6 +195,13 @@ def _contenders(
         except Exception as error:  # another version of it, or a shape that it does not take
             why_not[name] = reason_of(error)
     return prepared, why_not
+
+
+def _plan(case: Case, device: torch.device) -> str:
+    if not case.plan:
+        return ""
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return cuda.launch().plan(case.op.name, list(case.plan), cuda.sm(device), num_sms)
 
 
 def _row(case: Case, backend: str, peer: str, why_not: str) -> Row:

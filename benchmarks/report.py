@@ -18,6 +18,7 @@ class Row:
     roof_percent       floor_us / cold_p50_us
     vs_torch, vs_best  cold time of torch, and of the fastest peer, over this one's
     launch             "graph" (CUDA graph replay) or "loop"
+    plan               the tile, grid and split that a CUDA kernel's launcher chose
     """
 
     op: str
@@ -42,6 +43,7 @@ class Row:
     vs_torch: float | None = None
     vs_best: float | None = None
     launch: str = ""
+    plan: str = ""
     roof_copy_gbs: float | None = None
     roof_bf16_tops: float | None = None
     roof_int8_tops: float | None = None
@@ -131,7 +133,7 @@ def line(row: Row) -> str:
         f"{row.contender:<34} {cold:>26} {row.warm_p50_us:>9.1f} "
         f"{_number(row.gbs):>6} {_number(row.tops):>6} {_number(row.roof_percent, '%'):>6} "
         f"{_number(row.vs_torch, 'x'):>7} {_number(row.vs_best, 'x'):>7}"
-    ).rstrip()
+    ).rstrip() + (f"\n    {row.plan}" if row.plan else "")
 
 
 def _number(value: float | None, unit: str = "") -> str:
