@@ -17,6 +17,8 @@
 // apart, and the fragments' rows and columns, then fall on different banks.
 #pragma once
 
+#include <type_traits>
+
 #include "common/quantizer.cuh"
 
 namespace lowbit {
@@ -29,35 +31,52 @@ constexpr int kLongestRow = 32768;
 struct Divisor {
   uint32_t magic;
 
-  __device__ __forceinline__ int quotient(int n) const {
-    return static_cast<int>((static_cast<uint64_t>(n) * magic) >> 24);
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
+    return static_cast<uint32_t>((static_cast<uint64_t>(n << 8) * magic) >> 32);
   }
 };
 
 __host__ inline Divisor divisor(int d) { return {((1u << 24) + d - 1) / d}; }
 
-// Butterflies over 2^bits units (of 8 neighbours) `stride` elements apart.
+// Which units, 8 neighbours each, a thread has: of every blockDim-th group of 2^bits, `stride`
+// units apart, all. So its units u that differ in the lowest `bits` are each other's partners.
 struct Strides {
-  int bits, stride;
-  Divisor units;  // stride / 8
+  int bits;
+  uint32_t stride, groups;
+  Divisor by_stride;
+};
 
-  // The first element of unit u of a thread; `length` or more where it has none. Units that differ
-  // in the lowest `bits` of u are each other's partners.
-  __device__ __forceinline__ int element(int u, int length) const {
-    const int group = (u >> bits) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-    if (group >= (length / kVector) >> bits) return length;
-    const int block = units.quotient(group);
-    const int partner = (block << bits) + (u & ((1 << bits) - 1));
-    return partner * stride + group * kVector - block * stride;
+constexpr uint32_t kNoUnit = ~0u;
+
+// The same with kBits known to the compiler, which then computes a group's place once; -1: not.
+template <int kBits>
+struct Units {
+  const Strides& strides;
+
+  __device__ __forceinline__ uint32_t partner(int u) const {
+    return u & ((1u << (kBits < 0 ? strides.bits : kBits)) - 1);
   }
+  __device__ __forceinline__ uint32_t group(int u) const {
+    const int bits = kBits < 0 ? strides.bits : kBits;
+    return (static_cast<uint32_t>(u) >> bits) * blockDim.x + threadIdx.x;
+  }
+  __device__ __forceinline__ bool has(int u) const { return group(u) < strides.groups; }
+
+  // Units of the row: the first of a group, and how far behind it u is.
+  __device__ __forceinline__ uint32_t first(int u) const {
+    const uint32_t mask = (1u << (kBits < 0 ? strides.bits : kBits)) - 1;
+    return strides.by_stride.quotient(group(u)) * mask * strides.stride + group(u);
+  }
+  __device__ __forceinline__ uint32_t offset(int u) const { return partner(u) * strides.stride; }
+  __device__ __forceinline__ uint32_t unit(int u) const { return first(u) + offset(u); }
 };
 
 struct Rotation {
-  int length;         // of a row
-  int dense;          // the order of the +-1 matrix; 1: none
-  int columns;        // of a row of shared memory
-  int pitch;          // of it, in slots
-  Divisor row_units;  // columns / 8
+  int length;          // of a row
+  int dense;           // the order of the +-1 matrix; 1: none
+  int columns;         // of a row of shared memory
+  int pitch;           // of it, in slots
+  Divisor by_columns;  // in units
   int low_bits;
   Strides first, last;  // one and the same where nothing is exchanged
   bool exchange, middle;
@@ -70,9 +89,10 @@ template <int kM_, int kN_, int kUnits_, int kMaxThreads_>
 struct RotationTile {
   static constexpr int kM = kM_, kN = kN_, kUnits = kUnits_, kMaxThreads = kMaxThreads_;
   static constexpr int kColumns = kN == 0 ? 1 : 8 * kN;
+  static constexpr int kUnitBits = kUnits == 8 ? 3 : 2;
   static constexpr int kLongest = kMaxThreads * kUnits * kVector;
   static_assert(kN == 0 || kN == 2 || kN == 8, "a lane's columns are 8 or 32 bytes");
-  static_assert((kUnits & (kUnits - 1)) == 0, "units are paired");
+  static_assert(1 << kUnitBits == kUnits, "4 or 8 units");
 };
 
 // Shared memory: first a Range for each warp, then the row.
@@ -85,22 +105,23 @@ __device__ __forceinline__ float4* row_slots() {
 }
 
 // Where slot `slot` of a row of shared memory lies.
-__device__ __forceinline__ int slot_at(const Rotation& r, int row, int slot) {
+__device__ __forceinline__ uint32_t slot_at(const Rotation& r, uint32_t row, uint32_t slot) {
   return row * r.pitch + (slot ^ ((slot >> 3) & 7));
 }
 
-// Where the first slot of the 8 elements from `element` on lies; the second is at ^ 1.
-__device__ __forceinline__ int unit_at(const Rotation& r, int element) {
-  const int row = r.row_units.quotient(element / kVector);
-  return slot_at(r, row, (element - row * r.columns) / kSlot);
+// Where the first slot lies of the unit `offset` behind unit `first`, in its row of shared memory;
+// the second slot is at ^ 1.
+__device__ __forceinline__ uint32_t unit_at(const Rotation& r, uint32_t first, uint32_t offset) {
+  const uint32_t row = r.by_columns.quotient(first);
+  return slot_at(r, row, (first - row * (r.columns / kVector) + offset) * 2);
 }
 
-__device__ __forceinline__ void store_unit(float4* slots, int at, const float (&x)[kVector]) {
+__device__ __forceinline__ void store_unit(float4* slots, uint32_t at, const float (&x)[kVector]) {
   slots[at] = make_float4(x[0], x[1], x[2], x[3]);
   slots[at ^ 1] = make_float4(x[4], x[5], x[6], x[7]);
 }
 
-__device__ __forceinline__ void load_unit(float (&x)[kVector], const float4* slots, int at) {
+__device__ __forceinline__ void load_unit(float (&x)[kVector], const float4* slots, uint32_t at) {
   const float4 low = slots[at], high = slots[at ^ 1];
   x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
   x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
@@ -117,37 +138,57 @@ __device__ __forceinline__ void butterfly(float& a, float& b) {
   b = difference;
 }
 
-// Among 8 neighbours.
-template <int kUnits>
-__device__ __forceinline__ void low_butterflies(float (&x)[kUnits][kVector], int bits) {
+// Stages k < kBits: in straight lines, as a branch around each would cost moves to put the results
+// where they were.
+template <int kBits, int kUnits>
+__device__ __forceinline__ void low_stages(float (&x)[kUnits][kVector]) {
 #pragma unroll
-  for (int k = 0; k < 3; ++k) {
-    if (k < bits) {
+  for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
+    for (int k = 0; k < kBits; ++k) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          if ((i >> k & 1) == 0) butterfly(x[u][i], x[u][i | 1 << k]);
-        }
+      for (int i = 0; i < kVector; ++i) {
+        if ((i >> k & 1) == 0) butterfly(x[u][i], x[u][i | 1 << k]);
       }
     }
   }
 }
 
-// Among units.
-template <int kUnits>
-__device__ __forceinline__ void strided_butterflies(float (&x)[kUnits][kVector], int bits) {
+template <int kBits, int kUnits>
+__device__ __forceinline__ void strided_stages(float (&x)[kUnits][kVector]) {
 #pragma unroll
-  for (int k = 0; 1 << k < kUnits; ++k) {
-    if (k < bits) {
+  for (int i = 0; i < kVector; ++i) {
+#pragma unroll
+    for (int k = 0; k < kBits; ++k) {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
-        if ((u >> k & 1) == 0) {
-#pragma unroll
-          for (int i = 0; i < kVector; ++i) butterfly(x[u][i], x[u | 1 << k][i]);
-        }
+        if ((u >> k & 1) == 0) butterfly(x[u][i], x[u | 1 << k][i]);
       }
     }
+  }
+}
+
+// Among 8 neighbours.
+template <int kUnits>
+__device__ __forceinline__ void low_butterflies(float (&x)[kUnits][kVector], int bits) {
+  if (bits == 3) {
+    low_stages<3>(x);
+  } else {  // rare: small orders, and rows of heads, which have none
+    if (bits == 2) low_stages<2>(x);
+    if (bits == 1) low_stages<1>(x);
+  }
+}
+
+// body(std::integral_constant<int, bits>), bits 0 to kMost. One of them runs, as the compiler
+// knows: what all of them write is not kept from before.
+template <int kMost, class Body>
+__device__ __forceinline__ void with_bits(int bits, const Body& body) {
+  if constexpr (kMost == 0) {
+    body(std::integral_constant<int, 0>());
+  } else if (bits == kMost) {
+    body(std::integral_constant<int, kMost>());
+  } else {
+    with_bits<kMost - 1>(bits, body);
   }
 }
 
@@ -165,12 +206,16 @@ __device__ __forceinline__ void strided_butterflies(float (&x)[kUnits][kVector],
 constexpr uint32_t kBf16x2_One = 0x3F80'3F80, kBf16x2_Sign = 0x8000'8000;
 constexpr uint32_t kBf16Bits = 0xFFFF'0000;  // of fp32
 
+__device__ __forceinline__ uint32_t sign_fragment(uint32_t word, int k, int i) {
+  return kBf16x2_One | ((word << (4 * (k % 4) + i)) & kBf16x2_Sign);
+}
+
 // b[term] of two numbers of a column, the first in the lower half.
 __device__ __forceinline__ void cut(uint32_t (&b)[3], float x0, float x1) {
 #pragma unroll
   for (int term = 0; term < 3; ++term) {
     const uint32_t bits0 = bit_cast<uint32_t>(x0), bits1 = bit_cast<uint32_t>(x1);
-    b[term] = bits0 >> 16 | (bits1 & kBf16Bits);
+    b[term] = upper_halves(bits0, bits1);
     x0 = add_rn(x0, -bit_cast<float>(bits0 & kBf16Bits));  // exact; nan for inf, as the row is then
     x1 = add_rn(x1, -bit_cast<float>(bits1 & kBf16Bits));
   }
@@ -191,7 +236,8 @@ __device__ __forceinline__ void multiply(float (&d)[Tile::kM][Tile::kN][4], cons
   }
   const int column = first_n + g * kN;
   const int first_row = block * r.dense + t;
-  uint32_t words[kM] = {};
+  constexpr bool kHoist = kM == 1;  // A of a k serves several pairs of columns
+  uint32_t words[kM] = {}, hoisted[kHoist ? kM : 1][4];
 #pragma unroll 1
   for (int k = 0; k < m_tiles; ++k) {
     if (k % 4 == 0) {
@@ -199,6 +245,13 @@ __device__ __forceinline__ void multiply(float (&d)[Tile::kM][Tile::kN][4], cons
       for (int m = 0; m < kM; ++m) {
         const int tile = first_m / 16 + m;
         if (tile < m_tiles) words[m] = signs[(tile * k_words + k / 4) * kWarp + lane_id()];
+      }
+    }
+    if constexpr (kHoist) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) hoisted[m][i] = sign_fragment(words[m], k, i);
       }
     }
 #pragma unroll
@@ -241,7 +294,7 @@ __device__ __forceinline__ void multiply(float (&d)[Tile::kM][Tile::kN][4], cons
             uint32_t a[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              a[i] = kBf16x2_One | ((words[m] << (4 * (k % 4) + i)) & kBf16x2_Sign);
+              a[i] = kHoist ? hoisted[m][i] : sign_fragment(words[m], k, i);
             }
 #pragma unroll
             for (int term = 0; term < 3; ++term) {
@@ -257,8 +310,8 @@ __device__ __forceinline__ void multiply(float (&d)[Tile::kM][Tile::kN][4], cons
   }
 }
 
-// The products to where their factors were; with `middle` butterflies of stride 8.
-template <class Tile>
+// The products to where their factors were; with kMiddle after butterflies of stride 8.
+template <class Tile, bool kMiddle>
 __device__ __forceinline__ void store_products(float4* slots, float (&d)[Tile::kM][Tile::kN][4],
                                                const Rotation& r, int block, int first_m,
                                                int first_n) {
@@ -277,7 +330,7 @@ __device__ __forceinline__ void store_products(float4* slots, float (&d)[Tile::k
         for (int i = 0; i < kVector; ++i) {
           x[0][i] = d[m][i][2 * half];
           x[1][i] = d[m][i ^ 4][2 * half + 1];
-          if (r.middle) butterfly(x[0][i], x[1][i]);
+          if constexpr (kMiddle) butterfly(x[0][i], x[1][i]);
         }
         store_unit(slots, slot_at(r, at, column / kSlot), x[0]);
         if (column + 8 < r.columns) store_unit(slots, slot_at(r, at, column / kSlot + 2), x[1]);
@@ -311,19 +364,24 @@ __device__ __forceinline__ void dense_factor(float4* slots, const uint32_t* __re
     } else {
       sync_warp();
     }
-    if (share < shares) store_products<Tile>(slots, d, r, block, first_m, first_n);
+    if (share < shares) {
+      if (Tile::kN == 8 && r.middle) {
+        store_products<Tile, true>(slots, d, r, block, first_m, first_n);
+      } else {
+        store_products<Tile, false>(slots, d, r, block, first_m, first_n);
+      }
+    }
   }
 }
 
 // The thread's units; zeros where it has none, so that none is kept in registers until here.
-template <int kUnits>
+template <int kUnits, int kBits>
 __device__ __forceinline__ void load_units(float (&x)[kUnits][kVector], const float4* slots,
-                                           const Rotation& r, const Strides& strides) {
+                                           const Rotation& r, const Units<kBits>& units) {
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    const int element = strides.element(u, r.length);
     zero_unit(x[u]);
-    if (element < r.length) load_unit(x[u], slots, unit_at(r, element));
+    if (units.has(u)) load_unit(x[u], slots, unit_at(r, units.first(u), units.offset(u)));
   }
 }
 
@@ -343,45 +401,53 @@ __device__ __forceinline__ void rotate_and_quantize(const Source& source,
                                                     void* __restrict__ scales,
                                                     uint8_t* __restrict__ zero_points,
                                                     const Rotation& r, const IntGrid& grid) {
-  constexpr int kUnits = Tile::kUnits;
+  constexpr int kUnits = Tile::kUnits, kUnitBits = Tile::kUnitBits;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * r.length;
   float4* slots = row_slots();
   float x[kUnits][kVector];
+  uint32_t places[kUnits];  // units of the row
 
   // step 1
   if constexpr (Source::kIsStaged) {
+    const Units<-1> units{r.first};
 #pragma unroll 2
     for (int u = 0; u < kUnits; ++u) {
-      const int element = r.first.element(u, r.length);
-      if (element < r.length) {
+      if (units.has(u)) {
         float unit[1][kVector];
-        source.load(unit[0], start + element);
+        source.load(unit[0], start + units.unit(u) * kVector);
         low_butterflies(unit, r.low_bits);
-        store_unit(slots, unit_at(r, element), unit[0]);
+        store_unit(slots, unit_at(r, units.first(u), units.offset(u)), unit[0]);
       }
     }
-    if (r.first.bits > 0 || !r.exchange) load_units(x, slots, r, r.first);
   } else {
-    typename Source::Raw raw[kUnits];
+    with_bits<kUnitBits>(r.first.bits, [&](auto bits) {
+      const Units<decltype(bits)::value> units{r.first};
+      typename Source::Raw raw[kUnits];
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const int element = r.first.element(u, r.length);
-      if (element < r.length) raw[u].load(source.x + start + element);
-    }
+      for (int u = 0; u < kUnits; ++u) {
+        if (units.has(u)) raw[u].load(source.x + start + units.unit(u) * kVector);
+      }
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      zero_unit(x[u]);
-      if (r.first.element(u, r.length) < r.length) raw[u].widen(x[u]);
-    }
+      for (int u = 0; u < kUnits; ++u) {
+        zero_unit(x[u]);
+        if (units.has(u)) raw[u].widen(x[u]);
+      }
+    });
     low_butterflies(x, r.low_bits);
   }
-  strided_butterflies(x, r.first.bits);
-  if (r.exchange && (!Source::kIsStaged || r.first.bits > 0)) {
+  if (!Source::kIsStaged || r.first.bits > 0 || !r.exchange) {
+    with_bits<kUnitBits>(r.first.bits, [&](auto bits) {
+      const Units<decltype(bits)::value> units{r.first};
+      if constexpr (Source::kIsStaged) load_units(x, slots, r, units);
+      strided_stages<decltype(bits)::value>(x);
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const int element = r.first.element(u, r.length);
-      if (element < r.length) store_unit(slots, unit_at(r, element), x[u]);
-    }
+      for (int u = 0; u < kUnits; ++u) {
+        places[u] = units.has(u) ? units.unit(u) : kNoUnit;
+        if (r.exchange && units.has(u)) {
+          store_unit(slots, unit_at(r, units.first(u), units.offset(u)), x[u]);
+        }
+      }
+    });
   }
 
   if (r.exchange) {
@@ -393,8 +459,13 @@ __device__ __forceinline__ void rotate_and_quantize(const Source& source,
     }
 
     // step 3
-    load_units(x, slots, r, r.last);
-    strided_butterflies(x, r.last.bits);
+    with_bits<kUnitBits>(r.last.bits, [&](auto bits) {
+      const Units<decltype(bits)::value> units{r.last};
+      load_units(x, slots, r, units);
+      strided_stages<decltype(bits)::value>(x);
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) places[u] = units.has(u) ? units.unit(u) : kNoUnit;
+    });
   }
   Range range;
 #pragma unroll
@@ -412,8 +483,9 @@ __device__ __forceinline__ void rotate_and_quantize(const Source& source,
   if (threadIdx.x == 0) store_scale(scales, zero_points, blockIdx.x, scale, grid);
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    const int element = r.last.element(u, r.length);
-    if (element < r.length) store_codes(codes, start + element, x[u], scale, grid);
+    if (places[u] != kNoUnit) {
+      store_codes(codes, start + places[u] * kVector, x[u], scale, grid);
+    }
   }
 }
 

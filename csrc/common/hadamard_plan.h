@@ -22,10 +22,11 @@ inline int log2_of(int64_t n) {
   return bits;
 }
 
-// Without butterflies units are in their order, as if the stride were one unit.
-inline Strides strides(int bits, int stride) {
-  if (bits == 0) stride = kVector;
-  return {bits, stride, divisor(stride / kVector)};
+// Without butterflies units are in their order, as if they were one unit apart.
+inline Strides strides(int bits, int stride, int length) {
+  const int units = bits == 0 ? 1 : stride / kVector;
+  return {bits, static_cast<uint32_t>(units), static_cast<uint32_t>(length / kVector >> bits),
+          divisor(units)};
 }
 
 // Of a row of shared memory: such that 4 neighbouring rows begin on different banks, and with room
@@ -38,8 +39,7 @@ inline int pitch_of(int columns) {
 // How this tile rotates rows of `length` by order / dense butterflies; nothing if it cannot.
 template <class Tile>
 std::optional<RotationPlan> plan_rotation(int length, int order, int inner, int dense) {
-  constexpr int kUnitBits = Tile::kUnits == 8 ? 3 : 2;
-  static_assert(1 << kUnitBits == Tile::kUnits, "4 or 8 units");
+  constexpr int kUnitBits = Tile::kUnitBits;
   const int columns = order / dense * inner, bits = log2_of(order / dense);
   if ((dense > 1) != (Tile::kM > 0) || length > Tile::kLongest) return {};
   if (dense > 1 && columns % kVector) return {};
@@ -48,7 +48,7 @@ std::optional<RotationPlan> plan_rotation(int length, int order, int inner, int 
   r.length = length, r.dense = dense;
   r.columns = dense > 1 ? columns : length;
   r.pitch = pitch_of(r.columns);
-  r.row_units = divisor(r.columns / kVector);
+  r.by_columns = divisor(r.columns / kVector);
   r.low_bits = inner == 1 ? std::min(bits, 3) : 0;
   const int first = std::min(bits - r.low_bits, kUnitBits);
   int last = bits - r.low_bits - first;
@@ -56,9 +56,9 @@ std::optional<RotationPlan> plan_rotation(int length, int order, int inner, int 
   last -= r.middle;
   if (last > kUnitBits) return {};
   r.exchange = dense > 1 || last > 0;
-  r.first = strides(first, columns >> first);
+  r.first = strides(first, columns >> first, length);
   // low bits cover 8 neighbours, and so does `inner` where there are none
-  r.last = r.exchange ? strides(last, (inner == 1 ? kVector : inner) << r.middle) : r.first;
+  r.last = r.exchange ? strides(last, (inner == 1 ? kVector : inner) << r.middle, length) : r.first;
   r.factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(order)));
 
   int warps = ceil_div(length, Tile::kUnits * kVector * kWarp);
