@@ -382,18 +382,4 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4],
 #endif
 }
 
-// The same of fp16.
-__device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4],
-                                        const uint32_t (&b)[2]) {
-#ifdef LOWBIT_EMULATE
-  emulator::mma_f16(d, a, b);
-#else
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#endif
-}
-
 }  // namespace lowbit

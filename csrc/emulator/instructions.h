@@ -62,15 +62,40 @@ void ldmatrix(uint32_t (&r)[kMatrices], uint32_t address) {
   });
 }
 
-inline void cp_async_16(uint32_t to, const void* from, int bytes) {
-  uint8_t* target = shared_pointer(to, 16, "cp.async");
-  if (bytes != 0 && bytes != 16) misused("cp.async", "bytes must be 0 or 16");
-  if (bytes && reinterpret_cast<uintptr_t>(from) % 16) misused("cp.async", "from is not aligned");
+template <int kMatrices>
+void ldmatrix_trans(uint32_t (&r)[kMatrices], uint32_t address) {
+  struct Lane {
+    uint32_t address;
+    uint32_t* r;
+  } self{address, r};
+  meet<kLanes>("ldmatrix.trans", self, [](Lane** lanes) {
+    for (int matrix = 0; matrix < kMatrices; ++matrix) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        uint16_t halves[2];
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t row = lanes[8 * matrix + 2 * (lane % 4) + i]->address;
+          memcpy(&halves[i], shared_pointer(row, 16, "ldmatrix.trans") + 2 * (lane / 4), 2);
+        }
+        memcpy(&lanes[lane]->r[matrix], halves, 4);
+      }
+    }
+  });
+}
+
+template <int kBytes>
+void cp_async(uint32_t to, const void* from, int bytes) {
+  uint8_t* target = shared_pointer(to, kBytes, "cp.async");
+  if (bytes != 0 && bytes != kBytes) misused("cp.async", "bytes must be 0 or all");
+  if (bytes && reinterpret_cast<uintptr_t>(from) % kBytes) {
+    misused("cp.async", "from is not aligned");
+  }
   defer(Engine::kCopy, [=] {
-    memset(target, 0, 16);
+    memset(target, 0, kBytes);
     if (bytes) memcpy(target, from, bytes);
   });
 }
+
+inline void cp_async_16(uint32_t to, const void* from, int bytes) { cp_async<16>(to, from, bytes); }
 
 // Element `index` of `bits` bits of a register.
 inline int element(uint32_t word, int index, int bits, bool is_unsigned) {
