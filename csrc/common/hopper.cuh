@@ -49,8 +49,9 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int byt
 #endif
 }
 
-// Until the phase of this parity (0: the first) is over; then what the threads that arrived wrote,
-// those of other blocks of the cluster too, is seen.
+// Until the phase of this parity (0: the first) is over; then what the block's threads that arrived
+// wrote is seen, and what was copied. What other blocks' threads wrote would need the scope of the
+// cluster, which takes all of L1 with it; they have sync_cluster.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
 #ifdef LOWBIT_EMULATE
   emulator::mbarrier_wait(barrier, parity);
@@ -59,7 +60,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}" ::"r"(barrier),
       "r"(parity)
@@ -199,6 +200,8 @@ __device__ __forceinline__ void sync_cluster() {
 }
 
 // Arrives at the barrier of another block (or this one), where `barrier` is in this block's memory.
+// Tells that block that this thread is done with something; what it wrote is not made visible
+// there, which would wait for all of the thread's accesses, global ones too, at every arrival.
 __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, int rank) {
 #ifdef LOWBIT_EMULATE
   emulator::mbarrier_arrive_at(barrier, rank);
@@ -207,7 +210,7 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, int rank) {
       "{\n"
       ".reg .b32 peer;\n"
       "mapa.shared::cluster.u32 peer, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [peer];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [peer];\n"
       "}" ::"r"(barrier),
       "r"(rank)
       : "memory");
