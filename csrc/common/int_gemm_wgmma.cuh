@@ -110,6 +110,7 @@ __device__ __forceinline__ void produce(const Block<Tile>& block, const IntGemmA
   const int tile64 = block.first_channel(tile) / kFragmentTile;
   const int left = ceil_div(a.N, kFragmentTile) - tile64;  // negative: a pair's odd one out
   const int tiles64 = left < 0 ? 0 : left < Tile::kTiles64 ? left : Tile::kTiles64;
+  const int token = block.first_token(tile);
   for (int stage = block.first_stage; stage < block.end_stage; ++stage, ring.next()) {
     // Where K ends with 64 columns, the other half's weights are stale and meet zeros of x.
     const int k_tile = stage * kHalves, k_left = block.k_tiles - k_tile;
@@ -121,11 +122,11 @@ __device__ __forceinline__ void produce(const Block<Tile>& block, const IntGemmA
     if constexpr (Tile::kPair > 1) {
       constexpr int kEveryBlock = (1 << Tile::kPair) - 1;
       tma_load_multicast(x + block.rank * Tile::kXBytes / Tile::kPair, x_map, stage * kStageK,
-                         block.first_token(tile) + block.rank * Tile::kTokens / Tile::kPair, full,
-                         kEveryBlock);
+                         token + block.rank * Tile::kTokens / Tile::kPair, full, kEveryBlock);
     } else {
-      tma_load(x, x_map, stage * kStageK, block.first_token(tile), full);
+      tma_load(x, x_map, stage * kStageK, token, full);
     }
+#pragma unroll 1  // unrolled, this thread's few registers do not suffice
     for (int i = 0; i < tiles64; ++i) {
       const int64_t fragment = static_cast<int64_t>(tile64 + i) * block.k_tiles + k_tile;
       bulk_load(block.w + ring.slot * Tile::kWBytes + i * kHalves * Tile::kFragmentBytes,
@@ -226,6 +227,16 @@ __device__ __forceinline__ void consume(const Block<Tile>& block, const IntGemmA
         load_weights<Tile>(registers[half][m], w + (m * kHalves + half) * Tile::kFragmentBytes,
                            scale);
       }
+      if (Tile::kAsymmetric && stage * kHalves + half < block.k_tiles) {
+        // No stale weights; and now, as a product's registers are its own until it is waited for.
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            sums.w[m][i & 1] = dp4a(registers[half][m][i / 4][i % 4], kByteOnes, sums.w[m][i & 1]);
+          }
+        }
+      }
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
@@ -238,15 +249,6 @@ __device__ __forceinline__ void consume(const Block<Tile>& block, const IntGemmA
         }
       }
       wgmma_commit();
-      if (Tile::kAsymmetric && stage * kHalves + half < block.k_tiles) {  // no stale weights
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            sums.w[m][i & 1] = dp4a(registers[half][m][i / 4][i % 4], kByteOnes, sums.w[m][i & 1]);
-          }
-        }
-      }
       wgmma_wait<1>();  // the products before these: their registers, and after half 0 their stage
       if (half == 0 && released >= 0) release(block, released);
     }
