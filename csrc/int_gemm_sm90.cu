@@ -70,12 +70,13 @@ Plan plan_for(bool with_row_tiles, int M, int N, int K, int num_sms) {
 template <class Tile>
 bool launch_tile(const IntGemmArguments& a, const Plan& plan) {
   const TensorMap x_map =
-      make_tensor_map(a.x, 1, a.M, a.K, Tile::kTokens / Tile::kPair, kStageK, true);
-  const TensorMap y_map = make_tensor_map(a.y, 2, a.M, a.N, Tile::kTokens, kFragmentTile, true);
+      make_tensor_map(a.device, a.x, 1, a.M, a.K, Tile::kTokens / Tile::kPair, kStageK, true);
+  const TensorMap y_map =
+      make_tensor_map(a.device, a.y, 2, a.M, a.N, Tile::kTokens, kFragmentTile, true);
   const TensorMap residual_map =
       a.residual == nullptr
           ? y_map
-          : make_tensor_map(a.residual, 2, a.M, a.N, Tile::kTokens, kFragmentTile, true);
+          : make_tensor_map(a.device, a.residual, 2, a.M, a.N, Tile::kTokens, kFragmentTile, true);
   launch({"int_gemm", text("M=", a.M, " N=", a.N, " K=", a.K), a.device,
           dim3(static_cast<unsigned>(plan.blocks)), Tile::kThreads, Tile::kSmemBytes, plan.cluster},
          &int_gemm_wgmma_kernel<Tile>, x_map, y_map, residual_map, a, plan.split);

@@ -7,7 +7,7 @@ namespace lowbit {
 
 #ifdef LOWBIT_EMULATE
 
-TensorMap make_tensor_map(const void* base, int element_bytes, int64_t rows, int64_t columns,
+TensorMap make_tensor_map(int, const void* base, int element_bytes, int64_t rows, int64_t columns,
                           int box_rows, int box_columns, bool swizzled) {
   const int64_t stride_bytes = columns * element_bytes;
   check(reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride_bytes % 16 == 0,
@@ -37,9 +37,14 @@ Encode encode_function() {
 
 }  // namespace
 
-TensorMap make_tensor_map(const void* base, int element_bytes, int64_t rows, int64_t columns,
-                          int box_rows, int box_columns, bool swizzled) {
+TensorMap make_tensor_map(int device, const void* base, int element_bytes, int64_t rows,
+                          int64_t columns, int box_rows, int box_columns, bool swizzled) {
   static const Encode encode = encode_function();
+  // The driver reads the thread's CUDA context, which a thread that has not used CUDA lacks, even
+  // where `device` is its current one: cudaSetDevice creates it.
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaError_t selected = cudaSetDevice(device);
+  check(selected == cudaSuccess, text("CUDA device ", device, ": ", cudaGetErrorString(selected)));
   TensorMap map;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns * element_bytes)};

@@ -24,8 +24,8 @@ using TensorMap = CUtensorMap;
 
 // Of a row-major matrix whose elements have 1 or 2 bytes; boxes of at most 256 x 256, elements past
 // its ends read as zeros. swizzled: 128-byte rows (common/swizzle.cuh), so box_columns is 128
-// bytes. `base` and the row's bytes are multiples of 16. Throws what the driver says.
-TensorMap make_tensor_map(const void* base, int element_bytes, int64_t rows, int64_t columns,
-                          int box_rows, int box_columns, bool swizzled);
+// bytes. `base`, on `device`, and the row's bytes are multiples of 16. Throws what the driver says.
+TensorMap make_tensor_map(int device, const void* base, int element_bytes, int64_t rows,
+                          int64_t columns, int box_rows, int box_columns, bool swizzled);
 
 }  // namespace lowbit
