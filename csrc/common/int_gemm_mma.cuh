@@ -162,23 +162,38 @@ struct Copies {
   }
 };
 
-// The scales of one channel in a stage, byte i for step i; 0 past N and K, where weights are zeros.
+// The scales of groups of this thread's channel, stage after stage; none past kChannels, N and K,
+// where weights are zeros.
 template <class G>
-__device__ __forceinline__ uint32_t group_scales(const IntGemmArguments& a, const Work& work,
-                                                 int stage) {
-  const int n = work.n0 + threadIdx.x;
-  if (threadIdx.x >= G::kChannels || n >= a.N) return 0;
-  const int steps = a.group_size / kGroupStep, log = steps / 2;  // 1, 2, 4 steps a group: 0, 1, 2
-  const int first = stage * (G::kStageK / kGroupStep) >> log, groups = a.K / kGroupStep >> log;
-  const uint8_t* row = a.w_group_scale + static_cast<int64_t>(n) * groups + first;
-  uint32_t word = 0, scale = 0;
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    if ((i & (steps - 1)) == 0) scale = first + (i >> log) < groups ? row[i >> log] : 0;
-    word |= scale << (8 * i);
+struct GroupScales {
+  const uint8_t* row = nullptr;  // of the next stage
+  int left = 0;                  // from there on
+  int log = 0;                   // of the steps a group has: 0, 1, 2
+
+  __device__ __forceinline__ GroupScales(const IntGemmArguments& a, const Work& work) {
+    if constexpr (G::kTwoLevel) {
+      const int thread = threadIdx.x, n = work.n0 + thread;
+      log = a.group_size / (2 * kGroupStep);  // of 32, 64, 128
+      const int groups = (a.K / kGroupStep) >> log, first = (work.stage * kSteps) >> log;
+      row = a.w_group_scale + static_cast<int64_t>(n) * groups + first;
+      left = thread < G::kChannels && n < a.N ? groups - first : 0;
+    }
   }
-  return word;
-}
+
+  // Byte i for step i of the next stage.
+  __device__ __forceinline__ uint32_t next() {
+    uint32_t word = 0, scale = 0;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int group = i >> log;
+      if ((group << log) == i) scale = group < left ? row[group] : 0;
+      word |= scale << (8 * i);
+    }
+    row += kSteps >> log;
+    left -= kSteps >> log;
+    return word;
+  }
+};
 
 // ---- steps 2 and 3
 
@@ -295,19 +310,17 @@ __device__ __forceinline__ void int_gemm_block(const IntGemmArguments& a, int4* 
 
   // step 1, the first stages
   Copies<G> copies(a, work);
-  uint32_t next_scales = 0;  // this thread's channel, of the stage whose copy starts next
+  GroupScales<G> group_scales(a, work);
+  uint32_t next_scales = 0;  // of the stage whose copy starts next
 #pragma unroll
   for (int stage = 0; stage < G::kStages - 1; ++stage) {
     copies.start(stage_at(stage));
     if constexpr (G::kTwoLevel) {
-      if (threadIdx.x < G::kChannels) {
-        scales_of(stage)[threadIdx.x] = group_scales<G>(a, work, work.stage + stage);
-      }
+      const uint32_t scales = group_scales.next();
+      if (threadIdx.x < G::kChannels) scales_of(stage)[threadIdx.x] = scales;
     }
   }
-  if constexpr (G::kTwoLevel) {
-    next_scales = group_scales<G>(a, work, work.stage + G::kStages - 1);
-  }
+  if constexpr (G::kTwoLevel) next_scales = group_scales.next();
   cp_async_wait<G::kStages - 2>();
   sync_block();
 
@@ -333,7 +346,7 @@ __device__ __forceinline__ void int_gemm_block(const IntGemmArguments& a, int4* 
         copies.start(stage_at(ahead));
         if constexpr (G::kTwoLevel) {
           if (threadIdx.x < G::kChannels) scales_of(ahead)[threadIdx.x] = next_scales;
-          next_scales = group_scales<G>(a, work, work.stage + ahead + 1);
+          next_scales = group_scales.next();
         }
       }
       if (step == kSteps - 1) {
