@@ -236,7 +236,7 @@ __device__ __forceinline__ int4 load_peer_16(uint32_t address, int rank) {
 #endif
 }
 
-// ---- transposing 8 x 8 matrices of 16-bit elements --------------------------------------------
+// ---- transposing 8 x 8 matrices of 16-bit elements: ldmatrix_x4_trans the other way ------------
 // Lane l gives the address of memory row l % 8 of matrix l / 8. Register i of lane l: elements
 // (rows 2 (l % 4) and + 1, column l / 4) of matrix i, rows as they lie in memory.
 
@@ -257,28 +257,6 @@ __device__ __forceinline__ void stmatrix_x2_trans(uint32_t address, const uint32
 #else
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
                "r"(r[0]), "r"(r[1])
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
-#ifdef LOWBIT_EMULATE
-  emulator::ldmatrix_trans<4>(r, address);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t address) {
-#ifdef LOWBIT_EMULATE
-  emulator::ldmatrix_trans<2>(r, address);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(address)
                : "memory");
 #endif
 }

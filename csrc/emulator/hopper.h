@@ -129,20 +129,6 @@ inline int4 load_peer_16(uint32_t address, int rank) {
 
 // ---- transposed matrices ----------------------------------------------------------------------
 
-// Visits (lane, register, half, pointer) of every element.
-template <int kMatrices, class Lane, class Visit>
-void visit_transposed(Lane** lanes, const char* what, Visit visit) {
-  for (int matrix = 0; matrix < kMatrices; ++matrix) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      for (int half = 0; half < 2; ++half) {
-        const int row = 2 * (lane % 4) + half, column = lane / 4;
-        uint8_t* at = shared_pointer(lanes[8 * matrix + row]->address, 16, what) + 2 * column;
-        visit(lane, matrix, half, at);
-      }
-    }
-  }
-}
-
 template <int kMatrices>
 void stmatrix_trans(uint32_t address, const uint32_t (&r)[kMatrices]) {
   struct Lane {
@@ -150,26 +136,15 @@ void stmatrix_trans(uint32_t address, const uint32_t (&r)[kMatrices]) {
     const uint32_t* r;
   } self{address, r};
   meet<kLanes>("stmatrix.trans", self, [](Lane** lanes) {
-    visit_transposed<kMatrices>(lanes, "stmatrix", [&](int lane, int i, int half, uint8_t* at) {
-      const uint16_t element = lanes[lane]->r[i] >> (16 * half);
-      memcpy(at, &element, 2);
-    });
-  });
-}
-
-template <int kMatrices>
-void ldmatrix_trans(uint32_t (&r)[kMatrices], uint32_t address) {
-  struct Lane {
-    uint32_t address;
-    uint32_t* r;
-  } self{address, r};
-  meet<kLanes>("ldmatrix.trans", self, [](Lane** lanes) {
-    visit_transposed<kMatrices>(lanes, "ldmatrix", [&](int lane, int i, int half, uint8_t* at) {
-      uint16_t element;
-      memcpy(&element, at, 2);
-      uint32_t& word = lanes[lane]->r[i];
-      word = half ? (word & 0xFFFF) | uint32_t(element) << 16 : element;
-    });
+    for (int matrix = 0; matrix < kMatrices; ++matrix) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        for (int half = 0; half < 2; ++half) {
+          const uint16_t element = lanes[lane]->r[matrix] >> (16 * half);
+          const uint32_t row = lanes[8 * matrix + 2 * (lane % 4) + half]->address;
+          memcpy(shared_pointer(row, 16, "stmatrix.trans") + 2 * (lane / 4), &element, 2);
+        }
+      }
+    }
   });
 }
 
