@@ -80,7 +80,8 @@ struct Rotation {
   int low_bits;
   Strides first, last;  // one and the same where nothing is exchanged
   bool exchange, middle;
-  bool split;  // a column of the dense product belongs to several warps
+  int m_shares, n_shares, shares;  // warps' shares of the dense product: of a block, and of the row
+  bool split;                      // a column belongs to several warps: m_shares is not 1
   float factor;
 };
 
@@ -348,23 +349,20 @@ template <class Tile>
 __device__ __forceinline__ void dense_factor(float4* slots, const uint32_t* __restrict__ signs,
                                              const Rotation& r) {
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
-  const int m_shares = ceil_div(r.dense, 16 * Tile::kM);
-  const int n_shares = ceil_div(r.columns, Tile::kColumns);
-  const int shares = r.length / (r.dense * r.columns) * m_shares * n_shares;
 #pragma unroll 1
-  for (int first = 0; first < shares; first += warps) {
-    const int share = first + warp, column = share / m_shares;
-    const int block = column / n_shares;
-    const int first_m = share % m_shares * 16 * Tile::kM;
-    const int first_n = (column - block * n_shares) * Tile::kColumns;
+  for (int first = 0; first < r.shares; first += warps) {
+    const int share = first + warp, column = share / r.m_shares;
+    const int block = column / r.n_shares;
+    const int first_m = share % r.m_shares * 16 * Tile::kM;
+    const int first_n = (column - block * r.n_shares) * Tile::kColumns;
     float d[Tile::kM][Tile::kN][4];
-    if (share < shares) multiply<Tile>(d, slots, signs, r, block, first_m, first_n);
+    if (share < r.shares) multiply<Tile>(d, slots, signs, r, block, first_m, first_n);
     if (r.split) {
       sync_block();
     } else {
       sync_warp();
     }
-    if (share < shares) {
+    if (share < r.shares) {
       if (Tile::kN == 8 && r.middle) {
         store_products<Tile, true>(slots, d, r, block, first_m, first_n);
       } else {

@@ -63,11 +63,12 @@ std::optional<RotationPlan> plan_rotation(int length, int order, int inner, int 
 
   int warps = ceil_div(length, Tile::kUnits * kVector * kWarp);
   if constexpr (Tile::kM > 0) {
-    const int m_shares = ceil_div(dense, 16 * Tile::kM);
-    const int shares = length / (dense * columns) * m_shares * ceil_div(columns, Tile::kColumns);
-    r.split = m_shares > 1;
-    if (r.split && shares * kWarp > Tile::kMaxThreads) return {};
-    warps = std::max(warps, std::min(shares, Tile::kMaxThreads / kWarp));
+    r.m_shares = ceil_div(dense, 16 * Tile::kM);
+    r.n_shares = ceil_div(columns, Tile::kColumns);
+    r.shares = length / (dense * columns) * r.m_shares * r.n_shares;
+    r.split = r.m_shares > 1;
+    if (r.split && r.shares * kWarp > Tile::kMaxThreads) return {};
+    warps = std::max(warps, std::min(r.shares, Tile::kMaxThreads / kWarp));
   }
   const int rows = length / r.columns;
   return RotationPlan{r, warps * kWarp, kRowOffset + rows * r.pitch * 16};
