@@ -70,12 +70,6 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
 
 // ---- bulk copies ------------------------------------------------------------------------------
 
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
-#ifndef LOWBIT_EMULATE
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-#endif
-}
-
 // The map's box at (column, row), in elements, to shared memory; elements outside the tensor are
 // zeros and count as copied. 128-byte swizzled boxes start at multiples of 1024 bytes.
 __device__ __forceinline__ void tma_load(uint32_t to, const TensorMap* map, int column, int row,
@@ -248,16 +242,6 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, const uint32
       "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
       "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
       : "memory");
-#endif
-}
-
-__device__ __forceinline__ void stmatrix_x2_trans(uint32_t address, const uint32_t (&r)[2]) {
-#ifdef LOWBIT_EMULATE
-  emulator::stmatrix_trans<2>(address, r);
-#else
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
-               "r"(r[0]), "r"(r[1])
-               : "memory");
 #endif
 }
 

@@ -2,6 +2,8 @@
 // The kernel of csrc/int_gemm_sm90.cu, which says what its threads do and in which steps.
 #pragma once
 
+#include <type_traits>
+
 #include "common/int_gemm.cuh"
 #include "common/nibbles.cuh"
 #include "common/wgmma.cuh"
@@ -135,6 +137,12 @@ __device__ __forceinline__ void produce(const Block<Tile>& block, const IntGemmA
   }
 }
 
+struct NoGroupScales {
+  __device__ NoGroupScales(const IntGemmArguments&, int) {}
+  template <class Scale>
+  __device__ __forceinline__ void load(Scale&, int) const {}
+};
+
 template <class Tile>
 struct Sums {
   int32_t acc[Tile::kRowTiles][Tile::kTokens / 2];
@@ -182,6 +190,38 @@ __device__ __forceinline__ void release(const Block<Tile>& block, int slot) {
   }
 }
 
+// Two-level scales of the rows g and g + 8 that a lane expands, from memory; loaded a stage ahead
+// of their use. Groups are 64 or 128 columns, rows and groups past the end are those before it:
+// their products are dropped, or meet zeros of x.
+template <class Tile>
+struct GroupScales {
+  const uint8_t* rows[Tile::kRowTiles][2];
+  int tiles_log2, last;  // tiles of 64 columns in a group; the last group
+
+  __device__ GroupScales(const IntGemmArguments& a, int first_row) {
+    const int groups = a.K / a.group_size;
+    tiles_log2 = a.group_size > kFragmentTile;
+    last = groups - 1;
+#pragma unroll
+    for (int m = 0; m < Tile::kRowTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row + m * kFragmentTile + 8 * i;
+        rows[m][i] = a.w_group_scale + static_cast<int64_t>(row < a.N ? row : a.N - 1) * groups;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load(uint32_t (&scale)[Tile::kRowTiles][2], int k_tile) const {
+    const int group = k_tile >> tiles_log2, there = group < last ? group : last;
+#pragma unroll
+    for (int m = 0; m < Tile::kRowTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) scale[m][i] = rows[m][i][there];
+    }
+  }
+};
+
 // step 2: the sums of a tile over this block's share of K.
 template <class Tile>
 __device__ __forceinline__ void consume(const Block<Tile>& block, const IntGemmArguments& a,
@@ -196,9 +236,14 @@ __device__ __forceinline__ void consume(const Block<Tile>& block, const IntGemmA
       first_tile64 * kHalves * Tile::kFragmentBytes + warp * kWarpBytes + lane * 16;
   const int first_row =
       block.first_channel(tile) + first_tile64 * kFragmentTile + 16 * warp + lane / 4;
-  const int groups = Tile::kWeights == Weights::k4TwoLevel ? a.K / a.group_size : 1;
+  constexpr bool kTwoLevel = Tile::kWeights == Weights::k4TwoLevel;
 
-  uint32_t registers[kHalves][kRowTiles][2][4];
+  uint32_t registers[kHalves][kRowTiles][2][4], scale[kHalves][kRowTiles][2];
+  std::conditional_t<kTwoLevel, GroupScales<Tile>, NoGroupScales> group_scales(a, first_row);
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) {
+    group_scales.load(scale[half], block.first_stage * kHalves + half);
+  }
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -213,19 +258,8 @@ __device__ __forceinline__ void consume(const Block<Tile>& block, const IntGemmA
     for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        uint32_t scale[2] = {};
-        if constexpr (Tile::kWeights == Weights::k4TwoLevel) {
-          const int column = (stage * kHalves + half) * kFragmentTile;
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int row = first_row + m * kFragmentTile + 8 * i;
-            const bool inside = row < a.N && column < a.K;
-            const int64_t index = static_cast<int64_t>(row) * groups + column / a.group_size;
-            scale[i] = inside ? a.w_group_scale[index] : 0;
-          }
-        }
         load_weights<Tile>(registers[half][m], w + (m * kHalves + half) * Tile::kFragmentBytes,
-                           scale);
+                           scale[half][m]);
       }
       if (Tile::kAsymmetric && stage * kHalves + half < block.k_tiles) {
         // No stale weights; and now, as a product's registers are its own until it is waited for.
@@ -249,6 +283,7 @@ __device__ __forceinline__ void consume(const Block<Tile>& block, const IntGemmA
         }
       }
       wgmma_commit();
+      group_scales.load(scale[half], (stage + 1) * kHalves + half);
       wgmma_wait<1>();  // the products before these: their registers, and after half 0 their stage
       if (half == 0 && released >= 0) release(block, released);
     }
