@@ -216,10 +216,14 @@ Tensor int_gemm(const Tensor& x_codes, const Tensor& x_scale,
   return y;
 }
 
-// numbers: M, N, K, and whether the weights are fragment_int4
-std::string describe(const int64_t* numbers, int n, int, int num_sms) {
-  if (n != 4) return "numbers must be M, N, K and 1 for fragment_int4, else 0";
-  const Plan chosen = plan(numbers[0], numbers[1], numbers[2], numbers[3] != 0, num_sms);
+// numbers: M, N, K, and of the weights 0: fragment of 4 bits, 1: fragment_int4, 2: fragment of 8
+// bits, 3: fragment of 4 bits, two levels of scales
+std::string describe(const int64_t* numbers, int n, int sm, int num_sms) {
+  if (n != 4) return "numbers must be M, N, K and the kind of the weights";
+  if (sm == 90 && int_gemm_wgmma_plan != nullptr && numbers[3] != 1) {
+    return int_gemm_wgmma_plan(numbers, num_sms);
+  }
+  const Plan chosen = plan(numbers[0], numbers[1], numbers[2], numbers[3] == 1, num_sms);
   std::string name;
   int index = 0;
   for_each<Tiles>([&](auto tile) {

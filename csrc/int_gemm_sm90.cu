@@ -67,6 +67,13 @@ Plan plan_for(bool with_row_tiles, int M, int N, int K, int num_sms) {
   return best;
 }
 
+// numbers as those of int_gemm.cu's planner, whose kind 0 is Weights::k4.
+std::string describe(const int64_t* numbers, int num_sms) {
+  const Plan plan = plan_for(numbers[3] == 0, numbers[0], numbers[1], numbers[2], num_sms);
+  return text("wgmma ", plan.row_tiles, "x", plan.tokens, ": ", plan.blocks,
+              " blocks in clusters of ", plan.cluster, ", K in ", plan.split, " parts");
+}
+
 template <class Tile>
 bool launch_tile(const IntGemmArguments& a, const Plan& plan) {
   const TensorMap x_map =
@@ -121,6 +128,7 @@ void register_tile(const char* name) {
 
 const bool kRegistered = [] {
   int_gemm_wgmma = &int_gemm_sm90;
+  int_gemm_wgmma_plan = &describe;
 #define LOWBIT_VISIT(w, r, t)                                                   \
   register_tile<WgmmaTile<Weights::w, r, t, false>>("wgmma_" #w "_" #r "x" #t); \
   register_tile<WgmmaTile<Weights::w, r, t, true>>("wgmma_" #w "_" #r "x" #t "_asym");

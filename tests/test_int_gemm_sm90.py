@@ -3,6 +3,7 @@
 Integer sums are exact and the scaling is the reference's, so random inputs give equal bits too.
 """
 
+import ctypes
 import itertools
 import re
 from typing import NamedTuple
@@ -135,6 +136,22 @@ def test_any_number_of_sms(shape, num_sms):
     shape = shape._replace(N=shape.N // 8 * 8)
     emulator.stand_for(90, num_sms)
     assert_same(shape, IntFormat(8, symmetric=False), with_residual=True)
+
+
+@pytest.mark.parametrize(
+    "shape, kind, expected",
+    [
+        (Shape(1, 8192, 8192), 0, "wgmma 1x16: 128 blocks in clusters of 2, K in 2 parts"),
+        (Shape(16, 4096, 4096), 2, "wgmma 1x16: 128 blocks in clusters of 4, K in 4 parts"),
+        (Shape(64, 4096, 14336), 0, "wgmma 1x64: 128 blocks in clusters of 4, K in 4 parts"),
+        (Shape(2048, 4096, 4096), 0, "wgmma 2x128: 132 blocks in clusters of 2, K in 1 parts"),
+        (Shape(2048, 4096, 4096), 3, "wgmma 1x256: 132 blocks in clusters of 2, K in 1 parts"),
+    ],
+)
+def test_plan_on_132_sms(shape, kind, expected):
+    plan = ctypes.CDLL(str(cuda.LIBRARY.path)).lowbit_plan
+    plan.restype = ctypes.c_char_p
+    assert plan(b"int_gemm", (ctypes.c_int64 * 4)(*shape, kind), 4, 90, 132).decode() == expected
 
 
 def test_longest_rows():

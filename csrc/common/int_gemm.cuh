@@ -46,6 +46,7 @@ void int_gemm_mma(const IntGemmArguments& a, const Tensor& like);
 // nothing, for what it leaves to int_gemm_mma. Initialized before any code runs.
 using IntGemmLauncher = bool (*)(const IntGemmArguments& a, const Tensor& like);
 inline IntGemmLauncher int_gemm_wgmma = nullptr;  // sm_90: csrc/int_gemm_sm90.cu
+inline std::string (*int_gemm_wgmma_plan)(const int64_t* numbers, int num_sms) = nullptr;
 
 // ---- y
 // -------------------------------------------------------------------------------------------

@@ -3,6 +3,10 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 namespace lowbit {
 
 #ifdef LOWBIT_EMULATE
@@ -25,11 +29,17 @@ namespace {
 
 constexpr int kDefaultSharedBytes = 48 * 1024;  // more than this is granted on request
 
+// Asked once: what a device is does not change, and a launch must cost little.
 int attribute(cudaDeviceAttr what, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({what, device});
+  if (found != known.end()) return found->second;
   int value = 0;
   const cudaError_t status = cudaDeviceGetAttribute(&value, what, device);
   check(status == cudaSuccess, text("CUDA device ", device, ": ", cudaGetErrorString(status)));
-  return value;
+  return known[{what, device}] = value;
 }
 
 void check_launch(const Launch& config, const char* step, cudaError_t status) {
@@ -39,6 +49,21 @@ void check_launch(const Launch& config, const char* step, cudaError_t status) {
       config.op, " (", config.shape, ", sm_", device_sm(config.device), ", grid ", config.grid.x,
       "x", config.grid.y, "x", config.grid.z, ", ", config.threads, " threads, ", config.smem_bytes,
       " bytes of shared memory): ", step, ": ", cudaGetErrorString(status)));
+}
+
+// The kernel may have the launch's shared memory from now on; asked for when it grows, so that a
+// launch of the same size again costs a look-up.
+void grant_shared_bytes(const Launch& config, const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> granted;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& most =
+      granted.emplace(std::make_pair(kernel, config.device), kDefaultSharedBytes).first->second;
+  if (config.smem_bytes <= most) return;
+  check_launch(
+      config, "shared memory",
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.smem_bytes));
+  most = config.smem_bytes;
 }
 
 }  // namespace
@@ -57,11 +82,7 @@ void launch_on_device(const Launch& config, const void* kernel, void** arguments
   void* stream = nullptr;
   check(aoti_torch_get_current_cuda_stream(config.device, &stream) == 0,
         text(config.op, ": torch has no current CUDA stream"));
-  if (config.smem_bytes > kDefaultSharedBytes) {
-    check_launch(config, "shared memory",
-                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      config.smem_bytes));
-  }
+  grant_shared_bytes(config, kernel);
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = config.cluster;
