@@ -297,10 +297,10 @@ def test_head_dim_without_a_hadamard_matrix():
         kv_append(*y, SLOT, poisoned(D=18), rotate=True)
 
 
-def test_backend_without_a_kernel_says_so():
+def test_backend_that_cannot_says_so():
     pages = poisoned()
-    with pytest.raises(RuntimeError, match="cuda: no CUDA kernel for kv_append yet"):
-        kv_append(*inputs(), SLOT, pages, backend="cuda")
+    with pytest.raises(RuntimeError, match="cuda: RoPE must turn a multiple of 16 elements"):
+        kv_append(*inputs(R=2), SLOT, pages, backend="cuda")
     assert_bitwise(pages.tensors, poisoned().tensors)
 
 

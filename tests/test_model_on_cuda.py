@@ -15,6 +15,7 @@ from lowbit.rounding import RTN
 RECIPE = lowbit.Recipe("test", "rotated, rounded to nearest", "", RTN(), ROTATIONS)
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_heads": 2, "num_kv_heads": 1}
 KERNELS = {"quantize", "hadamard_quant", "silu_mul_hadamard_quant", "int_gemm"}
+KERNELS |= {"kv_append", "kv_attention"}
 
 
 def logits_of(model, backend: str | None, tokens: torch.Tensor) -> torch.Tensor:
@@ -49,7 +50,9 @@ def agrees(format: str, ran: set[str], layout: Layout):
     assert ran == KERNELS
     linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
     assert {m.prepared_weight.layout for m in linears} == {layout}
-    assert (got - expected).norm() < 1e-2 * expected.norm()
+    # Attention's sums are in another order. One unit in the last place of 2 % of its outputs, as
+    # bf16, changes codes further on, and these logits by 2 to 4 %; unrelated ones are 140 % away.
+    assert (got - expected).norm() < 0.1 * expected.norm()
 
 
 @torch.no_grad()

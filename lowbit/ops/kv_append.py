@@ -27,19 +27,24 @@ and the cache of one layer, changed in place:
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from lowbit import cuda
 from lowbit.formats import IntFormat
+from lowbit.hadamard import hadamard_matrix
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
-from lowbit.ops.hadamard import HADAMARD, check_rotation
+from lowbit.ops.hadamard import HADAMARD, check_rotation, split_order
 from lowbit.ops.pack import check_row
 from lowbit.ops.quantize import (
+    CUDA_VECTOR,
     QUANTIZE,
     check_float,
     check_grid,
     compute_dtype,
+    why_not_quantized_by_cuda,
     why_not_quantized_by_triton,
 )
 
@@ -190,12 +195,71 @@ def _why_not_triton(*args) -> str | None:
     return why_not_quantized_by_triton(q, bits, True) or why_not_triton(*inputs, matrix)
 
 
-def _why_not_cuda(*_args) -> str:
-    return "no CUDA kernel for kv_append yet"
+CUDA_HEAD_DIMS = (64, 80, 96, 128, 256)
+
+
+def _why_not_cuda(*args) -> str | None:
+    if not args:
+        return cuda.why_not_cuda()
+    *inputs, matrix, _, bits, clip = args
+    q, cos, sin, slot, cache = inputs[0], *inputs[3:6], inputs[6:]
+    head_dim, turned = q.shape[-1], cos.shape[-1]
+    if head_dim not in CUDA_HEAD_DIMS:
+        return f"head_dim must be one of {CUDA_HEAD_DIMS}, it is {head_dim}"
+    if matrix is not None:
+        return "it rotates by Hadamard matrices, not by a matrix given"
+    if turned % (2 * CUDA_VECTOR):
+        return f"RoPE must turn a multiple of {2 * CUDA_VECTOR} elements, it turns {turned}"
+    if cos.dtype != sin.dtype or cos.dtype == torch.float64:
+        return f"cos and sin must be of one dtype, not fp64; they are {cos.dtype} and {sin.dtype}"
+    rows = dict(zip(("q", "k", "v", "cos", "sin"), inputs[:5], strict=True))
+    strided = [name for name, t in rows.items() if not _has_cuda_rows(t)]
+    if strided:
+        return f"heads of {', '.join(strided)} must be contiguous, at multiples of 16 bytes"
+    strided = [
+        name
+        for name, t in zip(CACHE, cache, strict=True)
+        if not t.is_contiguous() or (name.endswith("codes") and t.data_ptr() % 16)
+    ]
+    if strided:
+        return f"it writes contiguous pages only, not those of {', '.join(strided)}"
+    if not slot.is_contiguous():
+        return "slot must be contiguous"
+    no_rows = q[:0]  # where rows lie has been looked at
+    return why_not_quantized_by_cuda(head_dim, bits, clip, True, no_rows) or cuda.why_not_cuda(
+        *inputs
+    )
+
+
+def _has_cuda_rows(t: Tensor) -> bool:
+    """Whether rows of t, at any distance, can be read 16 bytes at a time."""
+    *strides, last = t.stride()
+    return last == 1 and t.data_ptr() % 16 == 0 and not any(s % CUDA_VECTOR for s in strides)
+
+
+@lru_cache(maxsize=8)
+def _base_signs(head_dim: int, device: torch.device) -> Tensor | None:
+    """H of the base of head_dim: int32 [base], bit b of word m is 1 where H[m, b] is -1. None for
+    powers of two. Read-only: shared between calls."""
+    base, _ = split_order(head_dim, None)
+    if base == 1:
+        return None
+    negative = (hadamard_matrix(base) < 0).to(torch.int64)
+    words = (negative << torch.arange(base)).sum(1)
+    with torch.inference_mode(False):
+        return words.to(torch.int32).to(device, copy=True)
+
+
+def run_on_cuda(*args) -> Tensor:
+    """The CUDA kernel, which takes H as the signs of its base in place of `matrix`."""
+    *inputs, _, rotate, bits, clip = args
+    q = inputs[0]
+    signs = _base_signs(q.shape[-1], q.device) if rotate else None
+    return cuda.kv_append(*inputs, signs, rotate, bits, clip)
 
 
 _BACKENDS = {
-    "cuda": Backend(_why_not_cuda),
+    "cuda": Backend(_why_not_cuda, "lowbit.ops.kv_append:run_on_cuda"),
     "triton": Backend(_why_not_triton, "lowbit.kernels.kv_append:kv_append"),
 }
 KV_APPEND = Op("kv_append", _check, _reference, _fake, _BACKENDS, mutates_args=CACHE)

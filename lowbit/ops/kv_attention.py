@@ -28,12 +28,14 @@ sees it gets nan; what earlier queries of that sequence get is not specified.
 import torch
 from torch import Tensor
 
+from lowbit.cuda import why_not_cuda
 from lowbit.formats import IntFormat
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.kv_append import KVPages, check_cache
 from lowbit.ops.quantize import DEQUANTIZE, compute_dtype
 
 LARGEST_TRITON_HEAD = 256
+LARGEST_CUDA_HEAD, CUDA_HEAD_STEP = 256, 16
 QUERY_CHUNK = 64  # queries of one softmax: scores stay in the CPU's cache, and small at any length
 
 
@@ -162,12 +164,34 @@ def _why_not_triton(*args) -> str | None:
     return why_not_triton(*tensors)
 
 
-def _why_not_cuda(*_args) -> str:
-    return "no CUDA kernel for kv_attention yet"
+def _why_not_cuda(*args) -> str | None:
+    if not args:
+        return why_not_cuda()
+    *tensors, bits, _ = args
+    q, codes, k_scale, block_table = tensors[0], (tensors[1], tensors[4]), tensors[2], tensors[7]
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernel takes fp16 and bf16, q is {q.dtype}"
+    if IntFormat(bits).storage_bits not in (4, 8):
+        return f"the CUDA kernel reads codes packed in 4 or 8 bits, bits is {bits}"
+    T, num_q_heads, head_dim = q.shape
+    if head_dim % CUDA_HEAD_STEP or head_dim > LARGEST_CUDA_HEAD:
+        return (
+            f"the CUDA kernel takes a head_dim that is a multiple of {CUDA_HEAD_STEP} up to "
+            f"{LARGEST_CUDA_HEAD}, got {head_dim}"
+        )
+    longest = block_table.shape[1] * k_scale.shape[1]
+    if max(2 * T * num_q_heads, 2 * longest, k_scale.numel()) >= 2**31:
+        return "the CUDA kernel counts heads of queries and of cached tokens in 32 bits"
+    if block_table.shape[1] > 1 and block_table.stride(1) != 1:
+        return "the CUDA kernel reads rows of block_table that are contiguous"
+    others = (*tensors[:7], *tensors[8:])
+    if not all(t.is_contiguous() for t in others) or any(t.data_ptr() % 16 for t in (q, *codes)):
+        return "the CUDA kernel reads contiguous tensors, q and codes at multiples of 16 bytes"
+    return why_not_cuda(*tensors)
 
 
 _BACKENDS = {
-    "cuda": Backend(_why_not_cuda),
+    "cuda": Backend(_why_not_cuda, "lowbit.cuda:kv_attention"),
     "triton": Backend(_why_not_triton, "lowbit.kernels.kv_attention:kv_attention"),
 }
 KV_ATTENTION = Op("kv_attention", _check, _reference, _fake, _BACKENDS)

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA kv_attention. The contract is in lowbit/ops/kv_attention.py.
+//
+// A row is one query head of one query; the heads of a KV head and the queries of a sequence follow
+// each other as rows. A block has a tile of rows of one sequence and KV head, and a split of the
+// positions. Decode: 16 rows, and each of its warps takes every so many 32 positions, alone; warps
+// meet at the end. Prefill: 64 rows, 16 a warp, and the warps share what they read.
+//   step 1  find the tile's sequence; q as A registers, each row brought to the top of fp16
+//   step 2  32 positions at a time by cp.async, one stage ahead: codes as they are, in rows of
+//           shared memory; scales and zero points by a lane for each position, also one ahead; the
+//           page of a position two ahead
+//   step 3  scores = k_scale (q . codes - k_zero_point sum of q); codes are subnormal fp16 numbers
+//           as they are (common/kv_attention.cuh): 5 instructions take 8 of them apart
+//   step 4  online softmax in base 2; the running maximum is of scores without factors of rows
+//   step 5  p v_scale in fp16, brought to its top by a power of two, times codes; ldmatrix.trans of
+//           16-bit words gives positions 2 t and 2 t + 1 of one word, so of each of its codes a B
+//           register; the zero points are one more column
+//   step 6  warps' sums in order, through shared memory; out, or a split's share of it
+// A second kernel adds the splits of a row in order. How many there are follows from shapes alone,
+// so that a graph can be captured; splits beyond a sequence's length end at once.
+// Decode is bound by reading K and V (136 bytes a position and KV head of 128 with 4 bits), prefill
+// by issuing instructions: docs/notes/0007.
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/kv_attention.cuh"
+#include "common/launch.h"
+
+namespace lowbit {
+namespace {
+
+using kv::Arguments, kv::Pages, kv::Sequence, kv::Tile;
+
+constexpr int kBlocksPerSm = 3;      // that splits of decode are to fill
+constexpr int kShortestSplit = 256;  // positions
+constexpr int kMostSplits = 128;
+constexpr int kManyRows = 32;  // of a sequence, on average, that are prefill
+constexpr int kCombineThreads = 128;
+constexpr double kLog2E = 1.4426950408889634;
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads) kv_attention_kernel(Arguments a) {
+  kv::kv_attention_block<T>(a);
+}
+
+// A block a row: the splits in which it sees something; all others are not written.
+__global__ void __launch_bounds__(kCombineThreads) kv_attention_combine_kernel(Arguments a) {
+  const int num_q_heads = a.num_kv_heads * a.heads, rows = a.T * num_q_heads;
+  const int row = blockIdx.x, query = row / num_q_heads;
+  const Sequence sequence = kv::find(query, a, 1, 1);
+  const int seen = sequence.length - sequence.queries + 1 + query - sequence.first_query;
+  const int used = seen > 0 ? ceil_div(seen, a.split_length) : 0;
+  float top = -INFINITY;
+  for (int split = 0; split < used; ++split)
+    top = fmaxf(top, a.row_max[split * int64_t{rows} + row]);
+  if (top == -INFINITY) top = 0.0f;  // all nan, or nothing
+  float total = 0.0f;
+  for (int split = 0; split < used; ++split) {
+    const int64_t at = split * int64_t{rows} + row;
+    total += a.row_sum[at] * exp2_approx(a.row_max[at] - top);
+  }
+  const float inverse = used > 0 ? div_rn(1.0f, total) : 0.0f;
+#pragma unroll 1
+  for (int d = threadIdx.x; d < a.head_dim; d += kCombineThreads) {
+    float y = 0.0f;
+#pragma unroll 4
+    for (int split = 0; split < used; ++split) {
+      const int64_t at = split * int64_t{rows} + row;
+      y += a.partial[at * a.head_dim + d] * exp2_approx(a.row_max[at] - top);
+    }
+    a.out[int64_t{row} * a.head_dim + d] = kv::narrow(y * inverse, a.is_bf16);
+  }
+}
+
+// ---- host --------------------------------------------------------------------------------------
+
+// Two warps where four would have more shared memory than a block can.
+template <int kBits, int kDim>
+using Decode = Tile<kBits, kDim, 1, kBits * kDim == 8 * kv::kMaxHeadDim ? 2 : 4>;
+template <int kBits, int kDim>
+using Prefill = Tile<kBits, kDim, 4, 1>;
+
+// Applies `visit` to bits and the head_dim up to which a tile goes, in ascending order.
+#define LOWBIT_KV_TILES(visit) \
+  visit(4, 64) visit(4, 128) visit(4, 256) visit(8, 64) visit(8, 128) visit(8, 256)
+
+struct Plan {
+  bool is_decode, one_query;  // one_query: a tile is one query
+  int64_t tiles;              // of rows, with gaps, of a KV head
+  int splits, split_length;
+};
+
+Plan plan_for(int64_t T, int64_t B, int64_t heads, int64_t num_kv_heads, int64_t longest,
+              int num_sms) {
+  Plan plan;
+  plan.is_decode = T * heads <= kManyRows * std::max<int64_t>(B, 1);
+  const int64_t rows = plan.is_decode ? kv::kTileRows : 4 * kv::kTileRows;
+  plan.one_query = T <= B && heads <= rows;
+  const int64_t tile_rows = plan.one_query ? heads : rows;
+  plan.tiles = plan.one_query ? T : T * heads / tile_rows + B + 1;
+  const int64_t busy =
+      std::max<int64_t>({ceil_div(T * heads, tile_rows), std::min(T, B), 1}) * num_kv_heads;
+  const int64_t wanted = std::clamp<int64_t>(kBlocksPerSm * num_sms / busy, 1, kMostSplits);
+  const int64_t length = ceil_div(ceil_div(longest, wanted), int64_t{kShortestSplit});
+  plan.split_length = static_cast<int>(std::max<int64_t>(length, 1) * kShortestSplit);
+  plan.splits =
+      static_cast<int>(std::max<int64_t>(ceil_div<int64_t>(longest, plan.split_length), 1));
+  return plan;
+}
+
+template <class T>
+void launch_tile(Arguments a, const Plan& plan, int device) {
+  a.tile_rows = plan.one_query ? a.heads : T::kRows;
+  const auto blocks = static_cast<unsigned>(plan.tiles * a.num_kv_heads);
+  launch({"kv_attention",
+          text("T=", a.T, " B=", a.B, " heads=", a.heads, "x", a.num_kv_heads,
+               " head_dim=", a.head_dim, " splits=", plan.splits),
+          device, dim3(blocks, plan.splits), T::kThreads, T::kSmemBytes},
+         &kv_attention_kernel<T>, a);
+}
+
+Pages pages_of(const Tensor& codes, const Tensor& scale, const Tensor& zero_point, int64_t rows,
+               int64_t row_bytes, int device) {
+  check_tensor("kv_attention", "codes", codes, ScalarType::Byte, rows * row_bytes, device);
+  check_tensor("kv_attention", "scale", scale, ScalarType::Half, rows, device, 2);
+  check_tensor("kv_attention", "zero_point", zero_point, ScalarType::Byte, rows, device, 1);
+  return {pointer<uint8_t>(codes), pointer<__half>(scale), pointer<uint8_t>(zero_point)};
+}
+
+void check_table(const Tensor& t, int device) {
+#ifdef LOWBIT_EMULATE
+  (void)device;
+#else
+  check(t.is_cuda() && t.get_device_index() == device,
+        text("kv_attention: block_table must be on CUDA device ", device));
+#endif
+  check(t.scalar_type() == ScalarType::Int, "kv_attention: block_table must be int32");
+  check(t.sizes()[1] <= 1 || t.strides()[1] == 1, "kv_attention: rows of block_table are apart");
+}
+
+Tensor kv_attention(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
+                    const Tensor& k_zero_point, const Tensor& v_codes, const Tensor& v_scale,
+                    const Tensor& v_zero_point, const Tensor& block_table, const Tensor& seq_lens,
+                    const Tensor& query_start, int64_t bits, double scaling) {
+  const int64_t T = q.sizes()[0], num_q_heads = q.sizes()[1], D = q.sizes()[2];
+  const int64_t B = block_table.sizes()[0], P = block_table.sizes()[1];
+  const int64_t page_size = k_scale.sizes()[1], num_kv_heads = k_scale.sizes()[2];
+  const int64_t cache_rows = k_scale.numel(), code_bits = bits == 4 ? 4 : 8;
+  const int device = device_of(q);
+  check(D % 16 == 0 && D <= kv::kMaxHeadDim, "kv_attention: head_dim is a multiple of 16 to 256");
+  check(T * num_q_heads < 1ll << 30 && cache_rows < 1ll << 31 && P * page_size < 1ll << 30,
+        "kv_attention: q or the cache is too large for its kernel's 32-bit numbers");
+  const bool is_bf16 = q.scalar_type() == ScalarType::BFloat16;
+  check(is_bf16 || q.scalar_type() == ScalarType::Half, "kv_attention: q must be fp16 or bf16");
+  check_tensor("kv_attention", "q", q, q.scalar_type(), q.numel(), device);
+  check_table(block_table, device);
+  check_tensor("kv_attention", "seq_lens", seq_lens, ScalarType::Int, B, device, 4);
+  check_tensor("kv_attention", "query_start", query_start, ScalarType::Int, B + 1, device, 4);
+  Tensor out = new_empty(q, {T, num_q_heads, D}, q.scalar_type());
+  if (out.numel() == 0) return out;
+
+  Arguments a = {};
+  a.q = pointer<uint16_t>(q);
+  a.k = pages_of(k_codes, k_scale, k_zero_point, cache_rows, D * code_bits / 8, device);
+  a.v = pages_of(v_codes, v_scale, v_zero_point, cache_rows, D * code_bits / 8, device);
+  a.block_table = pointer<int>(block_table);
+  a.table_stride = block_table.strides()[0];
+  a.seq_lens = pointer<int>(seq_lens);
+  a.query_start = pointer<int>(query_start);
+  a.out = pointer<uint16_t>(out);
+  a.T = static_cast<int>(T), a.B = static_cast<int>(B), a.pages_of_row = static_cast<int>(P);
+  a.page_size = static_cast<int>(page_size), a.num_kv_heads = static_cast<int>(num_kv_heads);
+  a.heads = static_cast<int>(num_q_heads / num_kv_heads), a.head_dim = static_cast<int>(D);
+  a.is_bf16 = is_bf16;
+  a.factor = static_cast<float>(std::abs(scaling) * kLog2E);
+  a.k_factor = scaling < 0 ? -kv::kInverseCodeUnit : kv::kInverseCodeUnit;
+
+  const Plan plan = plan_for(T, B, a.heads, num_kv_heads, P * page_size, device_num_sms(device));
+  a.splits = plan.splits, a.split_length = plan.split_length;
+  // Alive until the launches are queued; memory is reused in the stream's order.
+  std::optional<Tensor> partial, rows;
+  if (plan.splits > 1) {
+    partial = new_empty(q, {plan.splits, T, num_q_heads, D}, ScalarType::Float);
+    rows = new_empty(q, {2, plan.splits, T, num_q_heads}, ScalarType::Float);
+    a.partial = pointer<float>(*partial);
+    a.row_max = pointer<float>(*rows);
+    a.row_sum = a.row_max + plan.splits * T * num_q_heads;
+  }
+  const auto launch_first = [&] {
+#define LOWBIT_VISIT(tile_bits, dim)                                               \
+  if (code_bits == tile_bits && D <= dim) {                                        \
+    return plan.is_decode ? launch_tile<Decode<tile_bits, dim>>(a, plan, device)   \
+                          : launch_tile<Prefill<tile_bits, dim>>(a, plan, device); \
+  }
+    LOWBIT_KV_TILES(LOWBIT_VISIT)
+#undef LOWBIT_VISIT
+  };
+  launch_first();
+  if (plan.splits > 1) {
+    launch({"kv_attention", text("combine, T=", T, " splits=", plan.splits), device,
+            dim3(static_cast<unsigned>(T * num_q_heads)), kCombineThreads},
+           &kv_attention_combine_kernel, a);
+  }
+  return out;
+}
+
+// ---- registration ------------------------------------------------------------------------------
+
+template <class T>
+void register_tile(const char* name) {
+  register_kernel({"kv_attention", name, reinterpret_cast<const void*>(&kv_attention_kernel<T>),
+                   T::kThreads, T::kSmemBytes, 80, 120});
+}
+
+// numbers: T, B, num_q_heads, num_kv_heads, head_dim, bits, pages of a row, page_size
+std::string describe_plan(const int64_t* numbers, int n, int, int num_sms) {
+  if (n != 8) return "kv_attention: 8 numbers";
+  const int64_t heads = numbers[2] / numbers[3];
+  const Plan plan =
+      plan_for(numbers[0], numbers[1], heads, numbers[3], numbers[6] * numbers[7], num_sms);
+  return text(plan.is_decode ? "decode" : "prefill", plan.one_query ? ", a tile is a query" : "",
+              ", grid ", plan.tiles * numbers[3], "x", plan.splits, ", splits of ",
+              plan.split_length);
+}
+
+const bool kRegistered = [] {
+#define LOWBIT_VISIT(bits, dim)                               \
+  register_tile<Decode<bits, dim>>("decode_" #bits "x" #dim); \
+  register_tile<Prefill<bits, dim>>("prefill_" #bits "x" #dim);
+  LOWBIT_KV_TILES(LOWBIT_VISIT)
+#undef LOWBIT_VISIT
+  register_kernel({"kv_attention", "combine",
+                   reinterpret_cast<const void*>(&kv_attention_combine_kernel), kCombineThreads, 0,
+                   80, 120});
+  register_planner("kv_attention", &describe_plan);
+  return true;
+}();
+
+}  // namespace
+}  // namespace lowbit
+
+LOWBIT_LIBRARY_FRAGMENT(m) {
+  m.def(
+      "kv_attention(Tensor q, Tensor k_codes, Tensor k_scale, Tensor k_zero_point, "
+      "Tensor v_codes, Tensor v_scale, Tensor v_zero_point, Tensor block_table, Tensor seq_lens, "
+      "Tensor query_start, int bits, float scaling) -> Tensor");
+}
+
+LOWBIT_LIBRARY_IMPL(m) { m.impl("kv_attention", TORCH_BOX(&lowbit::kv_attention)); }
