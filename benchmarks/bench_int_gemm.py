@@ -13,7 +13,8 @@ from benchmarks.shapes import Setup
 from lowbit import cuda
 from lowbit.formats import IntFormat, Layout, PackedTensor
 from lowbit.ops import to_layout
-from lowbit.ops.int_gemm import INT_GEMM, cuda_layout
+from lowbit.ops.int_gemm import INT_GEMM
+from lowbit.ops.kernel_layouts import cuda_layout
 from lowbit.ops.quantize import QUANTIZE
 
 OUT = torch.bfloat16
@@ -73,7 +74,13 @@ def _gemm(device, M: int, N: int, K: int, linear: str, format: str) -> Case:
         operations=product(M, N, K),
         rate="int8",
         prepare=partial(_prepare, K, w_format, IntFormat(x_bits), OF_GEMM),
+        plan=(M, N, K, _kind(w_format)),
     )
+
+
+def _kind(w_format: IntFormat) -> int:
+    """Of weights, as the planner of csrc/int_gemm.cu numbers them, where they are `fragment`."""
+    return 2 if w_format.storage_bits == 8 else 3 if w_format.two_level else 0
 
 
 def _prepare(
@@ -146,6 +153,7 @@ def _with_quantize(device, M: int, N: int, K: int, linear: str, format: str) -> 
         run=_quantize_and_multiply,
         variant="with quantize",
         prepare=partial(_prepare, K, w_format, IntFormat(x_bits), WITH_X),
+        plan=(M, N, K, _kind(w_format)),
     )
 
 

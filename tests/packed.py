@@ -1,5 +1,7 @@
 """Tiny packed models: tests/models.py's Llama with RTN weights and every online rotation."""
 
+from dataclasses import replace
+
 import torch
 from models import tiny_llama
 
@@ -11,8 +13,11 @@ from lowbit.models import adapter_for
 from lowbit.nn import swap
 from lowbit.ops.dispatch import Backend
 from lowbit.ops.int_gemm import DEFAULTS, INT_GEMM
+from lowbit.ops.weight_only_gemm import WEIGHT_ONLY_GEMM
 from lowbit.rounding import RTN
 from lowbit.transforms.online import OnlineTransform
+
+WEIGHT_ONLY_REFERENCE = "lowbit.ops.weight_only_gemm:_reference"
 
 
 def packed_llama(
@@ -56,8 +61,9 @@ def pack_weight(weight, format):
 
 
 def pretend_cuda(monkeypatch, sm: int) -> list[tuple]:
-    """As if CPU tensors lay on a GPU of that architecture, whose int_gemm is the reference behind
-    what a kernel asks for: prepared weights, and activations that suit them. Returns the calls."""
+    """As if CPU tensors lay on a GPU of that architecture, whose GEMMs are the references behind
+    what kernels ask for: prepared weights, and activations that suit them. Returns the calls of
+    int_gemm."""
     calls = []
 
     def why_not_cuda(*tensors):
@@ -75,4 +81,6 @@ def pretend_cuda(monkeypatch, sm: int) -> list[tuple]:
     monkeypatch.setattr(cuda, "sm", lambda device=None: sm)
     kernel = Backend(why_not_int_gemm, "lowbit.ops.int_gemm:_reference")
     monkeypatch.setitem(INT_GEMM.backends, "cuda", kernel)
+    weight_only = replace(WEIGHT_ONLY_GEMM.backends["cuda"], target=WEIGHT_ONLY_REFERENCE)
+    monkeypatch.setitem(WEIGHT_ONLY_GEMM.backends, "cuda", weight_only)
     return calls

@@ -10,7 +10,7 @@ from helpers import assert_bitwise, assert_no_worse_than_torch, assert_registere
 from packed import pretend_cuda
 
 from lowbit.formats import IntFormat, Layout, PackedTensor
-from lowbit.ops import dequantize, int_gemm, quantize, to_layout
+from lowbit.ops import dequantize, int_gemm, kernel_layouts, quantize, to_layout
 from lowbit.ops.dispatch import Backend
 
 module = importlib.import_module("lowbit.ops.int_gemm")  # lowbit.ops.int_gemm is the function
@@ -187,27 +187,40 @@ GROUPED, TWO_LEVEL = IntFormat(4, True, 64), IntFormat(4, True, 64, True)
         (IntFormat(2), IntFormat(8), 64, 64, 90, None),
         (IntFormat(4), IntFormat(4), 60, 64, 80, None),
         (IntFormat(4), IntFormat(4), 64, 72, 80, None),
+        (IntFormat(4), None, 8, 8, 80, Layout.FRAGMENT_FLOAT),
+        (IntFormat(6, False), None, 64, 72, 90, Layout.FRAGMENT_FLOAT),
+        (IntFormat(4, False, 32), None, 64, 64, 120, Layout.FRAGMENT_FLOAT),
+        (IntFormat(4, True, 16), None, 64, 64, 90, None),
+        (TWO_LEVEL, None, 64, 64, 90, None),
+        (IntFormat(3), None, 64, 64, 90, None),
+        (IntFormat(4), None, 60, 64, 90, None),
+        (IntFormat(4), None, 64, 60, 90, None),
     ],
 )
 def test_layout_that_the_cuda_kernels_want(w, x, N, K, sm, expected):
-    assert module.cuda_layout(w, x, K, N, sm) is expected
+    assert kernel_layouts.cuda_layout(w, x, K, N, sm) is expected
 
 
 def test_weights_are_laid_out_where_the_cuda_kernel_takes_them(monkeypatch):
     w, formats = exact_w(8, 64, 4), (IntFormat(4), torch.float16)
-    assert module.laid_out_for_device(w, *formats) is w  # on a CPU
+    assert kernel_layouts.laid_out_for_device(w, *formats) is w  # on a CPU
     pretend_cuda(monkeypatch, 90)
-    assert_bitwise(module.laid_out_for_device(w, *formats), to_layout(w, Layout.FRAGMENT))
+    assert_bitwise(kernel_layouts.laid_out_for_device(w, *formats), to_layout(w, Layout.FRAGMENT))
     prepared = to_layout(w, Layout.FRAGMENT_INT4)  # for another device
-    assert_bitwise(module.laid_out_for_device(prepared, *formats), to_layout(w, Layout.FRAGMENT))
+    assert_bitwise(
+        kernel_layouts.laid_out_for_device(prepared, *formats), to_layout(w, Layout.FRAGMENT)
+    )
     for N in (7, 12):  # N % 8
-        assert module.laid_out_for_device(exact_w(N, 64, 4), *formats).layout is Layout.ROW_MAJOR
+        assert (
+            kernel_layouts.laid_out_for_device(exact_w(N, 64, 4), *formats).layout
+            is Layout.ROW_MAJOR
+        )
     refusing = Backend(lambda *args: "not fp32" if args[9] == torch.float32 else None)
     monkeypatch.setitem(module.INT_GEMM.backends, "cuda", refusing)
-    assert module.laid_out_for_device(w, *formats).layout is Layout.FRAGMENT
-    assert module.laid_out_for_device(w, IntFormat(4), torch.float32) is w
+    assert kernel_layouts.laid_out_for_device(w, *formats).layout is Layout.FRAGMENT
+    assert kernel_layouts.laid_out_for_device(w, IntFormat(4), torch.float32) is w
     prepared = to_layout(w, Layout.FRAGMENT)
-    assert_bitwise(module.laid_out_for_device(prepared, IntFormat(4), torch.float32), w)
+    assert_bitwise(kernel_layouts.laid_out_for_device(prepared, IntFormat(4), torch.float32), w)
 
 
 def test_output_is_fp16_by_default():

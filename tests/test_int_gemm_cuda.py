@@ -19,7 +19,8 @@ from lowbit import cuda
 from lowbit.formats import IntFormat, Layout, PackedTensor
 from lowbit.ops import int_gemm, to_layout
 from lowbit.ops.dispatch import NoBackendError
-from lowbit.ops.int_gemm import CUDA_INT4_SM, LONGEST_X16, OUT_DTYPES, input_layout
+from lowbit.ops.int_gemm import CUDA_INT4_SM, LONGEST_X16, OUT_DTYPES
+from lowbit.ops.kernel_layouts import input_layout
 
 on_sm80 = pytest.mark.emulate(80)
 

@@ -196,6 +196,27 @@ def test_prepared_layer_saves_and_loads_the_canonical_weight(
     assert_bitwise(linear.packed_weight, expected)
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_weight_only_layer_is_prepared_for_its_dtype(symmetric, monkeypatch):
+    format = IntFormat(4, symmetric, 32)
+    expected, x = packed(format), torch.randn(3, K).bfloat16()
+    plain = QuantLinear.from_packed(expected, torch.randn(N)).bfloat16()
+    y = plain(x)
+    pretend_cuda(monkeypatch, 90)
+    linear = copy.deepcopy(plain)
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        linear.to(dtype)
+        takes = dtype != torch.float32
+        assert linear.layout is (Layout.FRAGMENT_FLOAT if takes else Layout.ROW_MAJOR)
+        assert_bitwise(linear.packed_weight, expected)
+        assert_bitwise(linear.state_dict()["codes"], expected.codes)
+    linear.backend = "cuda"  # which refuses another layout
+    assert_bitwise(linear(x), y)
+    linear.load_state_dict(plain.state_dict())
+    assert linear.layout is Layout.FRAGMENT_FLOAT
+    assert_bitwise(linear(x), y)
+
+
 def test_prepared_layer_moves_to_where_no_kernel_is(monkeypatch):
     """As .to("cpu") on a machine with a GPU: the weight is ROW_MAJOR again, and back."""
     expected, x = packed(), torch.randn(3, K)
@@ -231,7 +252,8 @@ def test_layers_are_prepared_for_their_backend(monkeypatch):
     for backend in ("triton", None, "reference", "cuda"):
         set_backend(model, backend)
         prepared = Layout.FRAGMENT if backend in (None, "cuda") else Layout.ROW_MAJOR
-        assert [m.layout for m in model] == [prepared, Layout.ROW_MAJOR]  # weight-only: never
+        # the kernel of the weight-only layer takes no fp32
+        assert [m.layout for m in model] == [prepared, Layout.ROW_MAJOR]
         assert all(torch.equal(m.packed_weight.codes, expected.codes) for m in model)
     model[0].backend = "reference"
     prepare(model)

@@ -139,6 +139,7 @@ def op_arguments(symmetric: bool = True) -> dict:
         "w_zero_point": w.zero_point,
         "bias": torch.ones(5),
         "w_bits": 4,
+        "w_layout": "row_major",
     }
 
 
@@ -158,6 +159,9 @@ U8 = torch.uint8
         ({"w_zero_point": torch.zeros(5, 1, dtype=U8)}, r"w_zero_point must be uint8 \(5, 2\)"),
         ({"w_zero_point": torch.zeros(5, 2)}, r"w_zero_point must be uint8 \(5, 2\)"),
         ({"bias": torch.ones(1, 5)}, r"bias must have shape \[5\]"),
+        ({"w_layout": "fragment"}, "w_layout must be one of .*'fragment_float'.*, got 'fragment'"),
+        ({"w_layout": "fragment_float"}, r"w_codes must be uint8 \(1, 1, 2048\) for \[N, K\]"),
+        ({"w_layout": "fragment_float", "w_bits": 3}, "layout .* of 4 or 8 stored bits, .* 3 st"),
     ],
 )
 def test_wrong_argument(change, message):
@@ -167,20 +171,29 @@ def test_wrong_argument(change, message):
 
 def test_wrong_packed_tensor():
     w = exact_w(5, 64, IntFormat(4))
-    with pytest.raises(ValueError, match="weight_only_gemm: w must have layout 'row_major'"):
+    with pytest.raises(ValueError, match="w must have layout 'row_major' or 'fragment_float', got"):
         weight_only_gemm(exact_x(3, 64), to_layout(w, Layout.BYTES))
     with pytest.raises(ValueError, match=r"weight_only_gemm: w must have shape \[N, 32\]"):
         weight_only_gemm(exact_x(3, 32), w)
 
 
-def test_backend_without_a_kernel_says_so():
-    with pytest.raises(RuntimeError, match="cuda: no CUDA kernel for weight_only_gemm yet"):
-        weight_only_gemm(exact_x(3, 64), exact_w(5, 64, IntFormat(4)), backend="cuda")
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_fragments_are_the_same_weights(bits, symmetric, group_size):
+    x, w = exact_x(5, 96).half(), exact_w(70, 96, IntFormat(bits, symmetric, group_size))
+    bias = torch.randn(70)
+    fragments = to_layout(w, Layout.FRAGMENT_FLOAT)
+    assert_bitwise(weight_only_gemm(x, fragments, bias), weight_only_gemm(x, w, bias))
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 def test_registered(symmetric):
     assert_registered(WEIGHT_ONLY_GEMM, *op_arguments(symmetric).values())
+    w = to_layout(exact_w(5, 64, IntFormat(4, symmetric, 32)), Layout.FRAGMENT_FLOAT)
+    fragments = {"w_codes": w.codes, "w_scale": w.scale, "w_zero_point": w.zero_point}
+    fragments["w_layout"] = w.layout.value
+    assert_registered(WEIGHT_ONLY_GEMM, *(op_arguments(symmetric) | fragments).values())
 
 
 # Triton's kernels: a GEMV for one row, tiles for more. The interpreter multiplies in fp32 and
@@ -269,3 +282,5 @@ def test_triton_no_rows_and_reasons():
         triton_gemm(exact_x(3, 64).double(), w)
     with pytest.raises(RuntimeError, match=r"takes groups of \(32, 64, 128\) or one a row, got 16"):
         triton_gemm(exact_x(3, 64), exact_w(5, 64, IntFormat(4, True, 16)))
+    with pytest.raises(RuntimeError, match="reads row_major weights, w is fragment_float"):
+        triton_gemm(exact_x(3, 64), to_layout(w, Layout.FRAGMENT_FLOAT))

@@ -24,7 +24,7 @@ __host__ __device__ __forceinline__ To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
 #ifdef LOWBIT_EMULATE
   To to;
-  memcpy(&to, &from, sizeof(To));
+  memcpy(static_cast<void*>(&to), &from, sizeof(To));  // halves have constructors
   return to;
 #else
   return *reinterpret_cast<const To*>(&from);

@@ -196,6 +196,7 @@ def weight_only_gemm(
     w_zero_point: Tensor | None,
     bias: Tensor | None,
     w_bits: int,
+    w_layout: str = "row_major",
 ) -> Tensor:
     (M, K), N, G = x.shape, w_codes.shape[0], w_scale.shape[1]
     y = x.new_empty((M, N))

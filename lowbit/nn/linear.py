@@ -6,9 +6,9 @@
 State dict: codes, scale, zero_point (asymmetric weights only), channel_scale (two-level scales
 only), bias; canonical layout.
 
-In memory the codes of a layer with quantized inputs lie as the kernels of their device read them
-(`QuantLinear.prepare`, `layout`), and are laid out anew when they are assigned, loaded or moved. So
-on a CPU they are ROW_MAJOR, and what is saved is ROW_MAJOR wherever it comes from.
+In memory the codes of a layer lie as the kernels of their device read them (`QuantLinear.prepare`,
+`layout`), and are laid out anew when they are assigned, loaded or moved. So on a CPU they are
+ROW_MAJOR, and what is saved is ROW_MAJOR wherever it comes from.
 """
 
 from functools import cache
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, Layout, PackedTensor
 from lowbit.ops import hadamard, hadamard_quant, int_gemm, quantize, to_layout, weight_only_gemm
-from lowbit.ops.int_gemm import input_layout, laid_out_for_device
+from lowbit.ops.kernel_layouts import input_layout, laid_out_for_device
 from lowbit.transforms.online import OnlineTransform
 
 
@@ -41,7 +41,11 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 class QuantLinear(nn.Module):
-    """A linear layer over a PackedTensor; `dtype` is that of its output for a quantized input."""
+    """A linear layer over a PackedTensor.
+
+    dtype: of the output for a quantized input; without an activation_format, the input's that the
+    weight is prepared for.
+    """
 
     def __init__(
         self,
@@ -127,8 +131,6 @@ class QuantLinear(nn.Module):
     def prepare(self):
         """Lay the codes out for the kernels that will read them: those of `backend` and of the
         device where they lie. Another call, after either has changed, undoes it where need be."""
-        if self.activation_format is None:
-            return
         weight = self.prepared_weight
         if self.backend in (None, "cuda"):
             self._set_codes(laid_out_for_device(weight, self.activation_format, self.dtype))
@@ -146,7 +148,7 @@ class QuantLinear(nn.Module):
 
     @property
     def prepared_weight(self) -> PackedTensor:
-        """The weight as int_gemm gets it."""
+        """The weight as its GEMM gets it."""
         shape = torch.Size((self.out_features, self.in_features))
         return PackedTensor(
             self.codes,

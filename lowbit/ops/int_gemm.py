@@ -36,8 +36,6 @@ symmetric and 2^x_bits - 1 for asymmetric activations. At 8 x 8 bits that is K /
 y overflows to inf as its dtype does.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -55,8 +53,8 @@ from lowbit.formats import (
     codes_shape,
 )
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
-from lowbit.ops.pack import UNPACK, fragment_codes, to_layout
-from lowbit.ops.quantize import SCALE_DTYPES, check_float, quantize
+from lowbit.ops.pack import UNPACK, fragment_codes
+from lowbit.ops.quantize import SCALE_DTYPES, check_float
 
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_ACC = 2**31 - 1
@@ -392,55 +390,14 @@ def check_operands(op: str, x, w: PackedTensor, layouts: tuple[Layout, ...] = (L
         )
 
 
-def cuda_layout(w: IntFormat, x: IntFormat, K: int, N: int, sm: int) -> Layout | None:
-    """What the CUDA kernels of an architecture read weights [N, K] in; None: they do not take them.
-
-    FRAGMENT_INT4, which wants ROW_MAJOR activations, on sm_80 .. sm_89, which alone have 4-bit
-    matrix units; else FRAGMENT, which wants BYTES.
-    """
-    per_channel = w.group_size is None
-    if not w.symmetric or not (per_channel or w.two_level and w.group_size in CUDA_GROUP_SIZES):
-        return None
-    if w.storage_bits not in (4, 8) or N % 8 or K % 16:
-        return None
-    is_int4 = sm in CUDA_INT4_SM and w.bits == x.bits == 4
-    return Layout.FRAGMENT_INT4 if is_int4 else Layout.FRAGMENT
-
-
-def input_layout(w_layout: Layout) -> Layout:
-    """The layout of activations for weights of a layout; ROW_MAJOR weights take both."""
-    return Layout.ROW_MAJOR if w_layout is Layout.FRAGMENT_INT4 else Layout.BYTES
-
-
-def laid_out_for_device(
-    w: PackedTensor, x_format: IntFormat, out_dtype: torch.dtype
-) -> PackedTensor:
-    """w as the CUDA kernel of its device reads it.
-
-    ROW_MAJOR where that does not take the weight, or says why it cannot multiply a row of x_format
-    by it: so no weight is left in a layout that the reference alone can read.
-    """
-    N, K = w.shape
-    wanted = None
-    if cuda.why_not_cuda(w.codes) is None:
-        wanted = cuda_layout(w.format, x_format, K, N, cuda.sm(w.codes.device))
-    if wanted is not None:
-        codes = w.codes.new_empty(codes_shape(w.format, wanted, w.shape))
-        x = w.scale.new_zeros(1, K, dtype=torch.float32)
-        x = quantize(x, x_format, layout=input_layout(wanted), backend="reference")
-        call = _arguments(x, replace(w, codes=codes, layout=wanted), None, out_dtype, None)
-        if INT_GEMM.backends["cuda"].why_not(*call) is None:
-            return to_layout(w, wanted)
-    return to_layout(w, Layout.ROW_MAJOR)
-
-
-def _arguments(
+def call_arguments(
     x: PackedTensor,
     w: PackedTensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
     residual: Tensor | None,
 ) -> tuple:
+    """Those of the op."""
     return (
         x.codes.reshape(-1, x.codes.shape[-1]),
         x.scale.reshape(-1, 1),
@@ -484,5 +441,5 @@ def int_gemm(
     shape = (*x.shape[:-1], w.shape[0])
     if residual is not None and residual.shape != shape:
         raise ValueError(f"int_gemm: residual must have shape {shape}, got {tuple(residual.shape)}")
-    y = INT_GEMM(*_arguments(x, w, bias, out_dtype, residual), backend=backend)
+    y = INT_GEMM(*call_arguments(x, w, bias, out_dtype, residual), backend=backend)
     return y.view(shape)

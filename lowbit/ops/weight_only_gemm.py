@@ -4,24 +4,32 @@ W[n, k] = (w_code[n, k] - w_zero[n, g]) * w_scale[n, g]        g the group of k,
 y[m, n] = sum over k of x[m, k] * W[n, k] + bias[n]            in fp32, narrowed once
 
 Sums run in any order, and w_scale may be taken out of the sum of its group: numbers that overflow
-only on the way, near fp32's largest, may come out as inf or nan.
+only on the way, near fp32's largest, may come out as inf or nan, and inf in x as nan.
 
 x             [M, K]             fp32, fp16 or bf16 (fp64: all arithmetic in fp64)
-w_codes       [N, K * sb / 8]    uint8, ROW_MAJOR codes of w_bits (docs/formats.md)
+w_codes       [N, K * sb / 8]    uint8, codes of w_bits (docs/formats.md), row_major;
+              [ceil(N / 64), ceil(K / 64), 64 * 64 * sb / 8] uint8, fragment_float
 w_scale       [N, G]             fp32 or fp16, G = K / group_size; 1: per output channel
 w_zero_point  [N, G]             uint8; None: symmetric codes
 bias          [N]                any float, or None
 y             [M, N]             x.dtype
 w_bits        2..8; sb = storage bits: 2, 3, 4, else 8
+w_layout      the layout of w_codes by its name; N is that of w_scale, as codes may be padded
 """
 
 import torch
 from torch import Tensor
 
-from lowbit.formats import GROUP_SIZES, PackedTensor
+from lowbit import cuda
+from lowbit.formats import GROUP_SIZES, IntFormat, Layout, PackedTensor
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
-from lowbit.ops.int_gemm import check_operands, check_weight
+from lowbit.ops.int_gemm import OUT_DTYPES, check_operands, check_weight
+from lowbit.ops.pack import fragment_codes
 from lowbit.ops.quantize import DEQUANTIZE, check_float, compute_dtype
+
+W_LAYOUTS = (Layout.ROW_MAJOR, Layout.FRAGMENT_FLOAT)
+CUDA_DTYPES = (torch.float16, torch.bfloat16)  # of x
+DEFAULTS = (Layout.ROW_MAJOR.value,)  # of w_layout: torch.library hands on no trailing default
 
 
 def _check(
@@ -31,11 +39,18 @@ def _check(
     w_zero_point: Tensor | None,
     bias: Tensor | None,
     w_bits: int,
+    w_layout: str = "row_major",
 ):
     check_float("weight_only_gemm", "x", x)
     if x.dim() != 2:
         raise ValueError(f"weight_only_gemm: x must have shape [M, K], got {tuple(x.shape)}")
-    check_weight("weight_only_gemm", x.shape[1], w_codes, w_scale, bias, w_bits, 1)
+    if w_layout not in W_LAYOUTS:
+        raise ValueError(
+            f"weight_only_gemm: w_layout must be one of {[layout.value for layout in W_LAYOUTS]}, "
+            f"got {w_layout!r}"
+        )
+    layout = Layout(w_layout)
+    check_weight("weight_only_gemm", x.shape[1], w_codes, w_scale, bias, w_bits, 1, layout)
     if w_zero_point is not None and (
         w_zero_point.dtype != torch.uint8 or w_zero_point.shape != w_scale.shape
     ):
@@ -52,9 +67,14 @@ def _reference(
     w_zero_point: Tensor | None,
     bias: Tensor | None,
     w_bits: int,
+    w_layout: str = "row_major",
 ) -> Tensor:
-    compute = compute_dtype(x)
-    w = DEQUANTIZE.reference(w_codes, w_scale, w_zero_point, w_bits, True, compute)
+    compute, layout = compute_dtype(x), Layout(w_layout)
+    packed = layout is Layout.ROW_MAJOR
+    if not packed:
+        storage, shape = IntFormat(w_bits).storage_bits, (w_scale.shape[0], x.shape[1])
+        w_codes = fragment_codes(w_codes, layout, storage, shape, signed=w_zero_point is None)
+    w = DEQUANTIZE.reference(w_codes, w_scale, w_zero_point, w_bits, packed, compute)
     y = x.to(compute) @ w.T
     if bias is not None:
         y.add_(bias.to(compute))
@@ -68,15 +88,18 @@ def _fake(
     w_zero_point: Tensor | None,
     bias: Tensor | None,
     w_bits: int,
+    w_layout: str = "row_major",
 ) -> Tensor:
-    return x.new_empty((x.shape[0], w_codes.shape[0]))
+    return x.new_empty((x.shape[0], w_scale.shape[0]))
 
 
 def _why_not_triton(*args) -> str | None:
     if not args:
         return why_not_triton()
-    x, w_scale = args[0], args[2]
+    x, w_scale, w_layout = args[0], args[2], (*args, *DEFAULTS)[6]
     K, G = x.shape[1], w_scale.shape[1]
+    if w_layout != Layout.ROW_MAJOR:
+        return f"the Triton kernel reads row_major weights, w is {w_layout}: see to_layout"
     if x.dtype == torch.float64:
         return "the Triton kernel computes in fp32, x is fp64"
     if G > 1 and K // G not in GROUP_SIZES:
@@ -84,34 +107,65 @@ def _why_not_triton(*args) -> str | None:
     return why_not_triton(*args[:5])
 
 
-def _why_not_cuda(*_args) -> str:
-    return "no CUDA kernel for weight_only_gemm yet"
+def _why_not_cuda(*args) -> str | None:
+    if not args:
+        return cuda.why_not_cuda()
+    return (
+        _why_not_operands_in_cuda((*args, *DEFAULTS))
+        or _why_not_memory_in_cuda(args[:5])
+        or cuda.why_not_cuda(*args[:5])
+    )
+
+
+def _why_not_operands_in_cuda(args: tuple) -> str | None:
+    x, _, w_scale, _, bias, w_bits, w_layout = args[:7]
+    (K, N), G = (x.shape[1], w_scale.shape[0]), w_scale.shape[1]
+    if x.dtype not in CUDA_DTYPES:
+        return f"the CUDA kernel takes x of fp16 or bf16, got {x.dtype}"
+    if IntFormat(w_bits).storage_bits not in (4, 8):
+        return f"the CUDA kernel reads codes packed in 4 or 8 bits, w_bits is {w_bits}"
+    if w_layout != Layout.FRAGMENT_FLOAT:
+        return f"the CUDA kernel reads weights fragment_float, w is {w_layout}: see to_layout"
+    if K == 0 or K % 8 or N % 8:
+        return f"rows of x and y must be multiples of 8 elements, got {K} and {N}"
+    if G > 1 and K // G not in GROUP_SIZES:
+        return f"the CUDA kernel takes groups of {GROUP_SIZES} or one a row, got {K // G}"
+    if bias is not None and bias.dtype not in OUT_DTYPES:
+        return f"the CUDA kernel takes a bias of fp32, fp16 or bf16, got {bias.dtype}"
+    return None
+
+
+def _why_not_memory_in_cuda(tensors: tuple) -> str | None:
+    x, w_codes, _, _, bias = tensors
+    if any(t is not None and t.data_ptr() % 16 for t in (x, w_codes, bias)):
+        return "the CUDA kernel's matrices and bias must start at multiples of 16 bytes"
+    if any(t is not None and not t.is_contiguous() for t in tensors):
+        return "the CUDA kernel's tensors must be contiguous"
+    return None
 
 
 _BACKENDS = {
-    "cuda": Backend(_why_not_cuda),
+    "cuda": Backend(_why_not_cuda, "lowbit.cuda:weight_only_gemm"),
     "triton": Backend(_why_not_triton, "lowbit.kernels.weight_only_gemm:weight_only_gemm"),
 }
 WEIGHT_ONLY_GEMM = Op("weight_only_gemm", _check, _reference, _fake, _BACKENDS)
+
+
+def call_arguments(x: Tensor, w: PackedTensor, bias: Tensor | None) -> tuple:
+    """Those of the op."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows, w.codes, w.scale, w.zero_point, bias, w.format.bits, w.layout.value
 
 
 def weight_only_gemm(
     x: Tensor, w: PackedTensor, bias: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """x [..., K] times w [N, K]: [..., N] in x.dtype. The contract is this module's docstring."""
-    check_operands("weight_only_gemm", x, w)
+    check_operands("weight_only_gemm", x, w, W_LAYOUTS)
     if w.format.two_level:
         raise ValueError(
             "weight_only_gemm: w must have one level of scales, got two: integer group scales are "
             "for the int32 sums of int_gemm"
         )
-    y = WEIGHT_ONLY_GEMM(
-        x.reshape(-1, x.shape[-1]),
-        w.codes,
-        w.scale,
-        w.zero_point,
-        bias,
-        w.format.bits,
-        backend=backend,
-    )
+    y = WEIGHT_ONLY_GEMM(*call_arguments(x, w, bias), backend=backend)
     return y.view(*x.shape[:-1], w.shape[0])

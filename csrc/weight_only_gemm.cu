@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA weight_only_gemm by mma.sync, for every architecture and any number of tokens. The contract
+// is in lowbit/ops/weight_only_gemm.py.
+//
+// Weights are the A operand of m16n8k16, 16 channels of an instruction, and x the B operand, 8
+// tokens: few tokens need no kernel of their own. A block has kChannels x kTokens of y and a range
+// of K, cut into stages of kStageK columns; its warps lie kWarpsN x kWarpsM.
+//   step 1  copy a stage, kStages - 1 ahead of its use: cp.async, 16 bytes a thread at a time.
+//           Chunk c of row r of x lies at c ^ (r % 8): eight rows' equal chunks, what ldmatrix
+//           reads together, lie in different banks. Weights keep their order, in which a lane's 16
+//           bytes are its codes of 4 steps (4 bits) or 2. Scales and zero points go through
+//           registers, as fp32 and as what step 3 adds. Zeros past M, N and K.
+//   step 2  fragments of the next 16 columns, while step 3 multiplies those before
+//   step 3  code - zero_point in fp16 or bf16, exactly (common/float_weights.cuh), times x, summed
+//           in fp32; at the end of a group, or of a stage, its sum times its scale: one FMA
+//   step 4  split K: each block writes its sums, the last to arrive adds all, in order
+//   step 5  sums through shared memory, tokens in rows; bias; 16 bytes a store
+// Few tokens: bound by the weights' bytes; many: by the matrix units (docs/notes/0006).
+
+#include <iterator>
+
+#include "common/weight_only_gemm.cuh"
+
+namespace lowbit {
+namespace {
+
+using namespace weight_only;
+
+template <class G>
+__global__ void __launch_bounds__(G::kThreads, G::kMinBlocks)
+    weight_only_gemm_kernel(const __grid_constant__ Arguments a,
+                            int4* __restrict__ workspace,  // [tiles, splits, parts, kThreads]
+                            int* __restrict__ arrivals,    // [tiles] zeros, split K
+                            int stages_per_split) {
+  gemm_block<G>(a, workspace, arrivals, stages_per_split);
+}
+
+// ---- the choice of a tile
+
+// A kernel is one of Tiles times one of AllOperands; tiles are tried in order.
+using Tiles = std::tuple<Tile<64, 8, 128, 4, 1, 4, 4>, Tile<64, 16, 128, 4, 1, 4, 4>,
+                         Tile<64, 64, 64, 2, 2, 3, 2>, Tile<128, 128, 64, 4, 2, 3, 1>>;
+using AllOperands = std::tuple<Operands<__half, 4, false>, Operands<__half, 8, false>,
+                               Operands<__nv_bfloat16, 4, false>, Operands<__nv_bfloat16, 8, false>,
+                               Operands<__nv_bfloat16, 8, true>>;
+
+template <class Types, class Visit>
+void for_each(Visit visit) {
+  std::apply([&](auto... each) { (visit(each), ...); }, Types());
+}
+
+// What a stage of each tile costs, in clocks of an SM, with weights of 4 bits and what every 4 bits
+// more add, and how many blocks an SM needs to be that fast: estimates, docs/notes/0006.
+struct TileCost {
+  int clocks, clocks_of_4_bits, blocks_to_fill;
+};
+constexpr TileCost kTileCosts[] = {{220, 220, 3}, {230, 220, 3}, {230, 20, 2}, {850, 40, 1}};
+static_assert(std::size(kTileCosts) == std::tuple_size_v<Tiles>, "a cost for each tile");
+constexpr int kBlockColumns = 256, kSplitColumns = 128;  // what a block, and a split, costs besides
+constexpr int kMaxSplits = 32;
+
+struct Plan {
+  int tile, tiles;  // index in Tiles, and how many cover y
+  int splits, stages_per_split;
+};
+
+// The tile and the split of K with the shortest estimated time.
+Plan plan(int64_t M, int64_t N, int64_t K, int bits, int num_sms) {
+  Plan best = {};
+  int64_t shortest = INT64_MAX;
+  int index = 0, tokens_before = 0;
+  for_each<Tiles>([&](auto tile) {
+    const int this_index = index++;
+    if (tokens_before >= M) return;  // a smaller tile holds all tokens
+    tokens_before = tile.kTokens;
+    const auto [base, of_4_bits, blocks_to_fill] = kTileCosts[this_index];
+    const int clocks = base + (bits / 4 - 1) * of_4_bits;
+    const int stages = static_cast<int>(ceil_div<int64_t>(K, tile.kStageK));
+    const int64_t tiles = ceil_div<int64_t>(M, tile.kTokens) * ceil_div<int64_t>(N, tile.kChannels);
+    for (int splits = 1; splits <= kMaxSplits && splits <= stages; ++splits) {
+      const int of_split = ceil_div(stages, splits);
+      if (ceil_div(stages, of_split) != splits) continue;  // as fewer splits do
+      const int64_t rounds = ceil_div<int64_t>(tiles * splits, num_sms);
+      const int besides = (kBlockColumns + (splits > 1 ? kSplitColumns : 0)) / tile.kStageK;
+      const int64_t time =
+          std::max<int64_t>(rounds, blocks_to_fill) * clocks * (of_split + besides);
+      if (time < shortest) {
+        shortest = time;
+        best = {this_index, static_cast<int>(tiles), splits, of_split};
+      }
+    }
+  });
+  return best;
+}
+
+template <class G>
+void launch_gemm(const Arguments& a, const Plan& plan, int device, const Tensor& like) {
+  std::optional<Tensor> workspace, arrivals;
+  if (plan.splits > 1) {
+    workspace =
+        new_empty(like, {plan.tiles, plan.splits, G::kChannels * G::kTokens}, ScalarType::Float);
+    const std::vector<int64_t> sizes{plan.tiles};
+    arrivals = torch::stable::new_zeros(like, sizes, ScalarType::Int);
+  }
+  launch({"weight_only_gemm", text("M=", a.M, " N=", a.N, " K=", a.K), device,
+          dim3(plan.tiles, plan.splits), G::kThreads, G::kSmemBytes},
+         &weight_only_gemm_kernel<G>, a, workspace ? pointer<int4>(*workspace) : nullptr,
+         arrivals ? pointer<int>(*arrivals) : nullptr, plan.stages_per_split);
+}
+
+// ---- the op
+
+FloatType float_type(const char* name, ScalarType type) {
+  if (type == ScalarType::Float) return FloatType::kFloat;
+  if (type == ScalarType::Half) return FloatType::kHalf;
+  check(type == ScalarType::BFloat16,
+        text("weight_only_gemm: ", name, " must be fp32, fp16 or bf16"));
+  return FloatType::kBFloat16;
+}
+
+// log2 of a group's elements.
+int group_shift(int64_t K, int64_t groups) {
+  if (groups == 1) return kRowShift;
+  for (int shift = 5; shift <= 7; ++shift) {
+    if (groups << shift == K) return shift;
+  }
+  check(false, "weight_only_gemm: groups must be 32, 64 or 128 elements, or the whole row");
+  return 0;
+}
+
+Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_scale,
+                        const std::optional<Tensor>& w_zero_point,
+                        const std::optional<Tensor>& bias, int64_t w_bits,
+                        const std::string& w_layout) {
+  check(w_layout == "fragment_float", "weight_only_gemm: w_layout must be fragment_float");
+  check(w_bits >= 4 && w_bits <= 8, "weight_only_gemm: w_bits must be 4..8");
+  check(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
+        "weight_only_gemm: x must be fp16 or bf16");
+  const bool is_half = x.scalar_type() == ScalarType::Half;
+  const int bits = w_bits == 4 ? 4 : 8, device = device_of(x);
+  const int64_t M = x.size(0), K = x.size(1), N = w_scale.size(0), G = w_scale.size(1);
+  constexpr int64_t kLargest = INT32_MAX / 2;  // rounding up to whole stages stays below 2^31
+  check(M < kLargest && N < kLargest && K < kLargest, "weight_only_gemm: a size is past 2^30");
+  check(K > 0 && K % kChunkOfX == 0 && N % kOutputs == 0,
+        "weight_only_gemm: rows of x and y must be multiples of 16 bytes");
+
+  Arguments a = {};
+  a.M = static_cast<int>(M);
+  a.N = static_cast<int>(N);
+  a.K = static_cast<int>(K);
+  a.groups = static_cast<int>(G);
+  a.group_shift = group_shift(K, G);
+  const auto expect = [&](const char* name, const Tensor& t, ScalarType dtype, int64_t numel,
+                          int alignment = 16) {
+    check_tensor("weight_only_gemm", name, t, dtype, numel, device, alignment);
+  };
+  const int64_t tiles = ceil_div<int64_t>(N, kFragmentTile) * ceil_div<int64_t>(K, kFragmentTile);
+  expect("x", x, x.scalar_type(), M * K);
+  expect("w_codes", w_codes, ScalarType::Byte, tiles * kFragmentTile * kFragmentTile * bits / 8);
+  a.scale_type = float_type("w_scale", w_scale.scalar_type());
+  check(a.scale_type != FloatType::kBFloat16, "weight_only_gemm: w_scale must be fp32 or fp16");
+  expect("w_scale", w_scale, w_scale.scalar_type(), N * G, 4);
+  if (w_zero_point) expect("w_zero_point", *w_zero_point, ScalarType::Byte, N * G, 1);
+  if (bias) {
+    a.bias_type = float_type("bias", bias->scalar_type());
+    expect("bias", *bias, bias->scalar_type(), N);
+  }
+  Tensor y = new_empty(x, {M, N}, x.scalar_type());
+  if (M == 0 || N == 0) return y;
+  a.x = pointer<const void>(x);
+  a.w = pointer<const uint8_t>(w_codes);
+  a.w_scale = pointer<const void>(w_scale);
+  a.w_zero_point = pointer<uint8_t>(w_zero_point);
+  a.bias = pointer<char>(bias);
+  a.y = pointer<void>(y);
+
+  const Plan chosen = plan(M, N, K, bits, device_num_sms(device));
+  const bool two_terms = !is_half && bits == 8 && w_zero_point.has_value();
+  for_each<AllOperands>([&](auto operands) {
+    using O = decltype(operands);
+    if (O::kIsHalf != is_half || O::kBits != bits || O::kTwoTerms != two_terms) return;
+    int index = 0;
+    for_each<Tiles>([&](auto tile) {
+      if (index++ == chosen.tile) launch_gemm<Gemm<O, decltype(tile)>>(a, chosen, device, x);
+    });
+  });
+  return y;
+}
+
+// numbers: M, N, K, and the stored bits of the weights
+std::string describe(const int64_t* numbers, int n, int, int num_sms) {
+  if (n != 4) return "numbers must be M, N, K and the stored bits of the weights";
+  const Plan chosen =
+      plan(numbers[0], numbers[1], numbers[2], static_cast<int>(numbers[3]), num_sms);
+  std::string name;
+  int index = 0;
+  for_each<Tiles>([&](auto tile) {
+    if (index++ == chosen.tile) name = tile.name();
+  });
+  return text(name, ", ", chosen.tiles, " tiles, ", chosen.splits, " splits of ",
+              chosen.stages_per_split, " stages");
+}
+
+const bool kRegistered = [] {
+  for_each<AllOperands>([](auto operands) {
+    for_each<Tiles>([&](auto tile) {
+      using G = Gemm<decltype(operands), decltype(tile)>;
+      static const std::string name = G::name() + "_" + tile.name();
+      register_kernel({"weight_only_gemm", name.c_str(),
+                       reinterpret_cast<const void*>(&weight_only_gemm_kernel<G>), G::kThreads,
+                       G::kSmemBytes, 80, 120});
+    });
+  });
+  register_planner("weight_only_gemm", &describe);
+  return true;
+}();
+
+}  // namespace
+}  // namespace lowbit
+
+LOWBIT_LIBRARY_FRAGMENT(m) {
+  m.def(
+      "weight_only_gemm(Tensor x, Tensor w_codes, Tensor w_scale, Tensor? w_zero_point, "
+      "Tensor? bias, int w_bits, str w_layout=\"row_major\") -> Tensor");
+}
+
+LOWBIT_LIBRARY_IMPL(m) { m.impl("weight_only_gemm", TORCH_BOX(&lowbit::weight_only_gemm)); }
