@@ -15,16 +15,44 @@
 namespace lowbit {
 namespace {
 
-template <class T>
 struct Plain {
   static constexpr bool kIsStaged = false;
-  using Raw = RawVector<T>;
-  const T* x;  // [rows, length]
+  const void* x;  // [rows, length]
+  ElementType type;
+
+  // All loads are under way before any is widened. Zeros where the thread has no unit.
+  template <int kUnits>
+  __device__ __forceinline__ void load(float (&to)[kUnits][kVector], int64_t start,
+                                       const uint32_t (&places)[kUnits]) const {
+    if (type == ElementType::kFp32) {
+      const float* row = static_cast<const float*>(x) + start;
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        zero_unit(to[u]);
+        if (places[u] != kNoUnit) load_vector(to[u], row + places[u] * kVector);
+      }
+      return;
+    }
+    const uint4* row = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(x) + start);
+    AnyVector raw[kUnits];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      raw[u].words[0] = make_uint4(0, 0, 0, 0);
+      if (places[u] != kNoUnit) raw[u].words[0] = row[places[u]];
+    }
+    if (type == ElementType::kFp16) {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) raw[u].template widen_as<__half>(to[u]);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) raw[u].template widen_as<__nv_bfloat16>(to[u]);
+    }
+  }
 };
 
-template <class Source, class Tile>
+template <class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads)
-    hadamard_quant_kernel(Source source,
+    hadamard_quant_kernel(Plain source,
                           const uint32_t* __restrict__ signs,  // see common/hadamard.cuh, or null
                           uint8_t* __restrict__ codes,         // [rows, length], half when packed
                           void* __restrict__ scales,           // [rows] fp32
@@ -33,11 +61,10 @@ __global__ void __launch_bounds__(Tile::kMaxThreads)
   rotate_and_quantize<Tile>(source, signs, codes, scales, zero_points, rotation, grid);
 }
 
-template <class Source>
 struct Kernels {
   template <class Tile>
   static auto of() {
-    return &hadamard_quant_kernel<Source, Tile>;
+    return &hadamard_quant_kernel<Tile>;
   }
 };
 
@@ -57,34 +84,20 @@ std::tuple<Tensor, Tensor, Tensor> hadamard_quant(const Tensor& x,
                                     dense,
                                     out,
                                     int_grid(bits, symmetric, clip, packed)};
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      launch_rotation<Kernels>(arguments, Plain<float>{pointer<const float>(x)});
-      break;
-    case ScalarType::Half:
-      launch_rotation<Kernels>(arguments, Plain<__half>{pointer<const __half>(x)});
-      break;
-    case ScalarType::BFloat16:
-      launch_rotation<Kernels>(arguments, Plain<__nv_bfloat16>{pointer<const __nv_bfloat16>(x)});
-      break;
-    default:
-      check(false, "hadamard_quant: x must be fp32, fp16 or bf16");
-  }
+  launch_rotation<Kernels>(arguments, Plain{pointer<void>(x), element_type("hadamard_quant", x)});
   return {out.codes, out.scales, out.zero_points};
 }
 
-template <class T, class Tile>
+template <class Tile>
 void register_tile(const char* name) {
   register_kernel({"hadamard_quant", name,
-                   reinterpret_cast<const void*>(&hadamard_quant_kernel<Plain<T>, Tile>),
-                   Tile::kMaxThreads, largest_smem_bytes<Tile>(), 80, 120});
+                   reinterpret_cast<const void*>(&hadamard_quant_kernel<Tile>), Tile::kMaxThreads,
+                   largest_smem_bytes<Tile>(), 80, 120});
 }
 
 const bool kRegistered = [] {
-#define LOWBIT_VISIT(m, n, units, threads)                                                   \
-  register_tile<float, RotationTile<m, n, units, threads>>("fp32_" #m "x" #n "_" #threads);  \
-  register_tile<__half, RotationTile<m, n, units, threads>>("fp16_" #m "x" #n "_" #threads); \
-  register_tile<__nv_bfloat16, RotationTile<m, n, units, threads>>("bf16_" #m "x" #n "_" #threads);
+#define LOWBIT_VISIT(m, n, units, threads) \
+  register_tile<RotationTile<m, n, units, threads>>(#m "x" #n "_" #threads);
   LOWBIT_ROTATION_TILES(LOWBIT_VISIT)
 #undef LOWBIT_VISIT
   return true;

@@ -2,8 +2,8 @@
 // CUDA silu_mul_hadamard_quant. The contract is in lowbit/ops/silu_mul_hadamard_quant.py.
 //
 // hadamard_quant.cu of act(gate) * up, which step 1 of common/hadamard.cuh makes as it loads: in a
-// loop of two units of 8 at once, through shared memory, since unrolled over all units of a thread
-// the activations would be thousands of instructions. Order 0 rotates nothing.
+// loop, through shared memory, since unrolled over all units of a thread the activations would be
+// thousands of instructions. The next 8 of each are loaded meanwhile. Order 0 rotates nothing.
 // Bytes: 4 K in (8 K for fp32), K or K / 2 out. Bound by memory at best; shared memory moves 8
 // bytes an element without a rotation and 24 with a dense factor.
 
@@ -41,26 +41,37 @@ __device__ __forceinline__ void activate(float (&g)[kVector], Activation activat
   }
 }
 
-template <class T>
 struct Gated {
   static constexpr bool kIsStaged = true;
-  const T* gate;  // [rows, length]
-  const T* up;    // [rows, length]
+  struct Raw {
+    AnyVector gate, up;
+  };
+  const void* gate;  // [rows, length]
+  const void* up;    // [rows, length]
+  ElementType type;
   Activation activation;
 
-  __device__ __forceinline__ void load(float (&to)[kVector], int64_t at) const {
+  __device__ __forceinline__ void fetch(Raw& raw, int64_t at) const {
+    raw.gate.load(gate, type, at);
+    raw.up.load(up, type, at);
+  }
+
+  // Of what was fetched; the next, if there is more, is loaded meanwhile.
+  __device__ __forceinline__ void finish(float (&to)[kVector], Raw& raw, bool more,
+                                         int64_t next) const {
     float other[kVector];
-    load_vector(to, gate + at);
-    load_vector(other, up + at);
+    raw.gate.widen(to, type);
+    raw.up.widen(other, type);
+    if (more) fetch(raw, next);
     activate(to, activation);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) to[i] = mul_rn(to[i], other[i]);
   }
 };
 
-template <class Source, class Tile>
+template <class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads) silu_mul_hadamard_quant_kernel(
-    Source source,
+    Gated source,
     const uint32_t* __restrict__ signs,  // see common/hadamard.cuh, or null
     uint8_t* __restrict__ codes,         // [rows, length], or half when packed
     void* __restrict__ scales,           // [rows] fp32
@@ -69,11 +80,10 @@ __global__ void __launch_bounds__(Tile::kMaxThreads) silu_mul_hadamard_quant_ker
   rotate_and_quantize<Tile>(source, signs, codes, scales, zero_points, rotation, grid);
 }
 
-template <class Source>
 struct Kernels {
   template <class Tile>
   static auto of() {
-    return &silu_mul_hadamard_quant_kernel<Source, Tile>;
+    return &silu_mul_hadamard_quant_kernel<Tile>;
   }
 };
 
@@ -83,12 +93,6 @@ Activation activation_named(const std::string& name) {
   if (name == "relu") return Activation::kRelu;
   check(name == "silu", "silu_mul_hadamard_quant: no activation " + name);
   return Activation::kSilu;
-}
-
-template <class T>
-void launch_of(const RotationArguments& arguments, const Tensor& up, Activation activation) {
-  const Gated<T> source{pointer<const T>(arguments.x), pointer<const T>(up), activation};
-  launch_rotation<Kernels>(arguments, source);
 }
 
 std::tuple<Tensor, Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate, const Tensor& up,
@@ -111,35 +115,22 @@ std::tuple<Tensor, Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate, c
                                     dense,
                                     out,
                                     int_grid(bits, symmetric, clip, packed)};
-  const Activation kind = activation_named(activation);
-  switch (gate.scalar_type()) {
-    case ScalarType::Float:
-      launch_of<float>(arguments, up, kind);
-      break;
-    case ScalarType::Half:
-      launch_of<__half>(arguments, up, kind);
-      break;
-    case ScalarType::BFloat16:
-      launch_of<__nv_bfloat16>(arguments, up, kind);
-      break;
-    default:
-      check(false, "silu_mul_hadamard_quant: gate must be fp32, fp16 or bf16");
-  }
+  launch_rotation<Kernels>(arguments, Gated{pointer<void>(gate), pointer<void>(up),
+                                            element_type("silu_mul_hadamard_quant", gate),
+                                            activation_named(activation)});
   return {out.codes, out.scales, out.zero_points};
 }
 
-template <class T, class Tile>
+template <class Tile>
 void register_tile(const char* name) {
   register_kernel({"silu_mul_hadamard_quant", name,
-                   reinterpret_cast<const void*>(&silu_mul_hadamard_quant_kernel<Gated<T>, Tile>),
+                   reinterpret_cast<const void*>(&silu_mul_hadamard_quant_kernel<Tile>),
                    Tile::kMaxThreads, largest_smem_bytes<Tile>(), 80, 120});
 }
 
 const bool kRegistered = [] {
-#define LOWBIT_VISIT(m, n, units, threads)                                                   \
-  register_tile<float, RotationTile<m, n, units, threads>>("fp32_" #m "x" #n "_" #threads);  \
-  register_tile<__half, RotationTile<m, n, units, threads>>("fp16_" #m "x" #n "_" #threads); \
-  register_tile<__nv_bfloat16, RotationTile<m, n, units, threads>>("bf16_" #m "x" #n "_" #threads);
+#define LOWBIT_VISIT(m, n, units, threads) \
+  register_tile<RotationTile<m, n, units, threads>>(#m "x" #n "_" #threads);
   LOWBIT_ROTATION_TILES(LOWBIT_VISIT)
 #undef LOWBIT_VISIT
   return true;

@@ -389,9 +389,10 @@ __device__ __forceinline__ void load_units(float (&x)[kUnits][kVector], const fl
 //   step 2  exchange; the dense factor, in shared memory
 //   step 3  last butterflies, 1 / sqrt(order), the range over the block
 //   step 4  scale and zero point, then codes, 8 a thread and store
-// A source is a tensor x, of which 8 elements are a Raw. One that computes a lot has kIsStaged, and
-// load(x, at) gives 8 elements from `at` on: that runs in a loop that is not unrolled, and shared
-// memory holds what registers cannot, as they have no run-time index.
+// A source gives the row to registers, by load(x, start, places), before any butterfly; or,
+// where kIsStaged, to shared memory, after the low butterflies: one that computes a lot runs in a
+// loop that is not unrolled, and registers have no run-time index. That one has fetch(at), which
+// begins to load 8 elements, and finish(), which gives what was fetched and fetches the next 8.
 template <class Tile, class Source>
 __device__ __forceinline__ void rotate_and_quantize(const Source& source,
                                                     const uint32_t* __restrict__ signs,
@@ -408,29 +409,23 @@ __device__ __forceinline__ void rotate_and_quantize(const Source& source,
   // step 1
   if constexpr (Source::kIsStaged) {
     const Units<-1> units{r.first};
-#pragma unroll 2
-    for (int u = 0; u < kUnits; ++u) {
-      if (units.has(u)) {
-        float unit[1][kVector];
-        source.load(unit[0], start + units.unit(u) * kVector);
-        low_butterflies(unit, r.low_bits);
-        store_unit(slots, unit_at(r, units.first(u), units.offset(u)), unit[0]);
-      }
+    typename Source::Raw raw;
+    if (units.has(0)) source.fetch(raw, start + units.unit(0) * kVector);
+#pragma unroll 1
+    for (int u = 0; u < kUnits && units.has(u); ++u) {
+      const bool more = u + 1 < kUnits && units.has(u + 1);
+      float unit[1][kVector];
+      source.finish(unit[0], raw, more, start + units.unit(u + 1) * kVector);
+      low_butterflies(unit, r.low_bits);
+      store_unit(slots, unit_at(r, units.first(u), units.offset(u)), unit[0]);
     }
   } else {
     with_bits<kUnitBits>(r.first.bits, [&](auto bits) {
       const Units<decltype(bits)::value> units{r.first};
-      typename Source::Raw raw[kUnits];
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        if (units.has(u)) raw[u].load(source.x + start + units.unit(u) * kVector);
-      }
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        zero_unit(x[u]);
-        if (units.has(u)) raw[u].widen(x[u]);
-      }
+      for (int u = 0; u < kUnits; ++u) places[u] = units.has(u) ? units.unit(u) : kNoUnit;
     });
+    source.load(x, start, places);
     low_butterflies(x, r.low_bits);
   }
   if (!Source::kIsStaged || r.first.bits > 0 || !r.exchange) {

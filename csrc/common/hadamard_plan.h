@@ -95,12 +95,20 @@ struct RotationArguments {
   IntGrid grid;
 };
 
-template <class Tile, class Source>
-using RotationKernel = void (*)(Source, const uint32_t*, uint8_t*, void*, uint8_t*, Rotation,
-                                IntGrid);
+inline ElementType element_type(const char* op, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return ElementType::kFp32;
+    case ScalarType::Half:
+      return ElementType::kFp16;
+    default:
+      check(x.scalar_type() == ScalarType::BFloat16, text(op, ": not fp32, fp16 or bf16"));
+      return ElementType::kBf16;
+  }
+}
 
-// Launches Kernels<Source>::of<Tile>() for the first tile that can.
-template <template <class> class Kernels, class Source>
+// Launches Kernels::of<Tile>() for the first tile that can.
+template <class Kernels, class Source>
 void launch_rotation(const RotationArguments& a, const Source& source) {
   const int64_t rows = a.x.numel() / a.length;
   check(a.length <= kLongestRow && a.length % kVector == 0,
@@ -121,10 +129,10 @@ void launch_rotation(const RotationArguments& a, const Source& source) {
            kernel, source, pointer<const uint32_t>(a.signs), pointer<uint8_t>(a.out.codes),
            pointer<void>(a.out.scales), pointer<uint8_t>(a.out.zero_points), plan.rotation, a.grid);
   };
-#define LOWBIT_VISIT(m, n, units, threads)                                                         \
-  if (const auto plan = plan_rotation<RotationTile<m, n, units, threads>>(a.length, a.order,       \
-                                                                          a.inner, a.dense)) {     \
-    return launch_with(*plan, Kernels<Source>::template of<RotationTile<m, n, units, threads>>()); \
+#define LOWBIT_VISIT(m, n, units, threads)                                                     \
+  if (const auto plan = plan_rotation<RotationTile<m, n, units, threads>>(a.length, a.order,   \
+                                                                          a.inner, a.dense)) { \
+    return launch_with(*plan, Kernels::template of<RotationTile<m, n, units, threads>>());     \
   }
   LOWBIT_ROTATION_TILES(LOWBIT_VISIT)
 #undef LOWBIT_VISIT

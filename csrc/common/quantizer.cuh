@@ -71,6 +71,42 @@ __device__ __forceinline__ void store_vector(T* to, const float (&x)[kVector]) {
   for (int i = 0; i < kStores; ++i) reinterpret_cast<uint4*>(to)[i] = raw[i];
 }
 
+// A type known at run time: kernels that do much with a row are compiled once for all three.
+enum class ElementType { kFp32, kFp16, kBf16 };
+
+// 8 elements of such a type as they are in memory. fp32 takes both words, the others the first.
+struct AnyVector {
+  uint4 words[2];
+
+  // `index` of the first in the tensor.
+  __device__ __forceinline__ void load(const void* from, ElementType type, int64_t index) {
+    if (type == ElementType::kFp32) {
+      const uint4* vector = reinterpret_cast<const uint4*>(static_cast<const float*>(from) + index);
+      words[0] = vector[0], words[1] = vector[1];
+    } else {
+      words[0] = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from) + index);
+    }
+  }
+
+  template <class T>
+  __device__ __forceinline__ void widen_as(float (&x)[kVector]) const {
+    RawVector<T> raw;
+#pragma unroll
+    for (int i = 0; i < RawVector<T>::kLoads; ++i) raw.words[i] = words[i];
+    raw.widen(x);
+  }
+
+  __device__ __forceinline__ void widen(float (&x)[kVector], ElementType type) const {
+    if (type == ElementType::kFp32) {
+      widen_as<float>(x);
+    } else if (type == ElementType::kFp16) {
+      widen_as<__half>(x);
+    } else {
+      widen_as<__nv_bfloat16>(x);
+    }
+  }
+};
+
 // What a scale is computed from; nan where an element is.
 struct Range {
   float lo = 0.0f, hi = 0.0f;
