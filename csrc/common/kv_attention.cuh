@@ -34,6 +34,25 @@ __device__ __forceinline__ Sequence find(int tile, const Arguments& a, int heads
   return {b, start, end - start, length, tile_start(start, b, heads, tile_rows)};
 }
 
+// The rows of a block's tile.
+struct Rows {
+  int first;                 // of the sequence's
+  int queries, first_query;  // of the sequence
+  int before;                // + query: how much a query sees
+
+  __device__ __forceinline__ int seen(const Arguments& a, int local) const {
+    return before + (first + local) / a.heads;
+  }
+
+  // The place of row `local` of the tile among heads of queries; -1: there is none.
+  __device__ __forceinline__ int index(const Arguments& a, int kv_head, int local) const {
+    const int row = first + local, query = row / a.heads, head = row - query * a.heads;
+    if (local >= a.tile_rows || query >= queries) return -1;
+    return ((first_query + query) * a.num_kv_heads + kv_head) * a.heads + head;
+  }
+};
+static_assert(sizeof(Rows) == 16, "what a tile has room for");
+
 // ---- step 2
 
 // Lane's position of a tile: which row of the cache it is, -1: none.
@@ -72,7 +91,7 @@ __device__ __forceinline__ void copy_codes(uint32_t stage, const Arguments& a, i
   const int thread = T::kWarpsM == 1 ? lane_id() : static_cast<int>(threadIdx.x);
   const int row_bytes = a.head_dim * T::kBits / 8;
   const bool aligned = row_bytes % kChunk == 0;
-#pragma unroll
+#pragma unroll 4  // more would take registers that rows need
   for (int i = 0; i < ceil_div(kTokens * T::kChunks, kGroup); ++i) {
     const int index = i * kGroup + thread, token = index / T::kChunks;
     const int byte = index % T::kChunks * kChunk;
@@ -113,29 +132,25 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
 
   // step 1
   const Sequence sequence = find(tile, a, a.heads, a.tile_rows);
-  const int first_row = (tile - sequence.first_tile) * a.tile_rows;
-  if (first_row >= sequence.queries * a.heads) return;  // a gap
-  const int last_query = smaller((first_row + a.tile_rows - 1) / a.heads, sequence.queries - 1);
-  const int before = sequence.length - sequence.queries + 1;  // + query: how much it sees
+  const Rows rows = {(tile - sequence.first_tile) * a.tile_rows, sequence.queries,
+                     sequence.first_query, sequence.length - sequence.queries + 1};
+  if (rows.first >= rows.queries * a.heads) return;  // a gap
+  const int last_query = smaller((rows.first + a.tile_rows - 1) / a.heads, rows.queries - 1);
   const int begin = blockIdx.y * a.split_length;
-  const int end = smaller(before + last_query, begin + a.split_length);
+  const int end = smaller(rows.before + last_query, begin + a.split_length);
   if (a.splits > 1 && begin >= end) return;
-  const int num_q_heads = a.num_kv_heads * a.heads;
-  // Of row `local` of the tile: its index among heads of queries; -1: none.
-  const auto row_index = [&](int local) {
-    const int row = first_row + local, query = row / a.heads;
-    if (local >= a.tile_rows || query >= sequence.queries) return -1;
-    return (sequence.first_query + query) * num_q_heads + kv_head * a.heads + row - query * a.heads;
-  };
+  // Step 6 finds them there, so that they take no registers meanwhile.
+  auto* kept_rows = reinterpret_cast<Rows*>(dynamic_smem() + T::kRowsAt);
+  if (threadIdx.x == 0) *kept_rows = rows;
 
   Queries<T> q;
   int seen_end[2];
   int64_t row_at[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int local = warp_m * kTileRows + g + 8 * half, index = row_index(local);
+    const int local = warp_m * kTileRows + g + 8 * half, index = rows.index(a, kv_head, local);
     row_at[half] = index < 0 ? -1 : static_cast<int64_t>(index) * a.head_dim;
-    seen_end[half] = index < 0 ? end : smaller(before + (first_row + local) / a.heads, end);
+    seen_end[half] = index < 0 ? end : smaller(rows.seen(a, local), end);
   }
   if constexpr (T::kSharedQueries) {
     constexpr int kWarpBytes = kTileRows * T::kDim * 2;
@@ -143,7 +158,7 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
   }
   load_queries<T>(q, a, row_at, warp_n == 0);
   if constexpr (T::kSharedQueries) sync_block();
-  const int all_see = smaller(before + first_row / a.heads, end);
+  const int all_see = smaller(rows.seen(a, 0), end);
 
   // step 2
   const int* pages = a.block_table + sequence.b * a.table_stride;
@@ -226,10 +241,11 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
     }
   }
   sync_block();
-  const int split_rows = a.T * num_q_heads;
+  const Rows kept = *kept_rows;
+  const int split_rows = a.T * a.num_kv_heads * a.heads;
 #pragma unroll 1
   for (int local = warp; local < T::kRows; local += T::kThreads / kWarp) {
-    const int index = row_index(local);
+    const int index = kept.index(a, kv_head, local);
     if (index < 0) continue;
     // Of the warps that share this row; those without positions have weight 0.
     float top = -INFINITY, total = 0.0f, weights[T::kWarpsN];
@@ -241,7 +257,7 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
       weights[n] = top == -INFINITY ? 1.0f : exp2_approx(tops[2 * row] - top);
       total += tops[2 * row + 1] * weights[n];
     }
-    const bool sees = before + (first_row + local) / a.heads > 0;
+    const bool sees = kept.seen(a, local) > 0;
     const float inverse = sees ? div_rn(1.0f, total) : 0.0f;
 #pragma unroll 1
     for (int d = lane; d < a.head_dim; d += kWarp) {

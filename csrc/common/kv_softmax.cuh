@@ -68,7 +68,7 @@ __device__ __forceinline__ void load_queries(Queries<T>& q, const Arguments& a,
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float amax = 0.0f;
-#pragma unroll(T::kSharedQueries ? 2 : T::kChunks)
+#pragma unroll(T::kSharedQueries ? 1 : T::kChunks)
     for (int chunk = 0; chunk < T::kChunks; ++chunk) {
       float x[4 * T::kSteps];
       load_elements<T>(x, a, row_at[half], chunk);
@@ -82,7 +82,7 @@ __device__ __forceinline__ void load_queries(Queries<T>& q, const Arguments& a,
     q.factor[half] = a.factor * from_top(exponent);
     q.sum[half] = 0.0f;
   }
-#pragma unroll(T::kSharedQueries ? 2 : T::kChunks)
+#pragma unroll(T::kSharedQueries ? 1 : T::kChunks)
   for (int chunk = 0; chunk < T::kChunks; ++chunk) {
     uint32_t registers[T::kSteps][4];
 #pragma unroll
@@ -159,7 +159,7 @@ __device__ __forceinline__ void score(float (&s)[4][4], const Queries<T>& q, uin
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[n][i] = -(i % 2 ? zero.y : zero.x) * q.sum[i / 2];
   }
-#pragma unroll(T::kSharedQueries ? 2 : T::kChunks)
+#pragma unroll(T::kSharedQueries ? 1 : T::kChunks)
   for (int chunk = 0; chunk < T::kChunks; ++chunk) {
     uint32_t a[T::kSteps][4];
 #pragma unroll

@@ -88,13 +88,13 @@ struct Tile {
   static constexpr int kScalesBytes = kTokens * (3 * 4 + 2);
   static constexpr int kStageBytes = kScalesAt + ceil_div(kScalesBytes, kChunk) * kChunk;
 
-  static constexpr bool kSharedQueries = kDim > 128;
+  static constexpr bool kSharedQueries = kDim * kBits > 512;
   static constexpr int kQueriesBytes = kSharedQueries ? kRows * kDim * 2 : 0;
   static constexpr int kOutPitch = kDim + 8;  // fp32; pairs of rows g lie in different banks
   static constexpr int kOutBytes = kWarpsM * kWarpsN * kTileRows * (kOutPitch + 2) * 4;
   static constexpr int kAllStages = kWarpsN * kStages * kStageBytes;
-  static constexpr int kSmemBytes =
-      kQueriesBytes + (kAllStages > kOutBytes ? kAllStages : kOutBytes);
+  static constexpr int kRowsAt = kQueriesBytes + (kAllStages > kOutBytes ? kAllStages : kOutBytes);
+  static constexpr int kSmemBytes = kRowsAt + 16;
   static_assert(kBits == 4 || kBits == 8, "what pair_of_codes takes apart");
   static_assert(kChunks * kChunk * 8 == kDim * kBits, "whole chunks");
   static_assert(kWarpsM == 1 || kWarpsN == 1, "a group of warps is a warp or the block");
