@@ -1,7 +1,4 @@
-"""int_gemm by mma.sync, in the emulator or on a GPU: the bits of the reference, always.
-
-Integer sums are exact and the scaling is the reference's, so random scales give equal bits too.
-"""
+"""int_gemm by mma.sync, in the emulator or on a GPU: the bits of the reference, always."""
 
 import ctypes
 import re
@@ -13,7 +10,8 @@ import emulator
 import pytest
 import sass
 import torch
-from helpers import assert_bitwise, poison
+from gemm_operands import assert_same, launch_plan, random_operands
+from helpers import assert_bitwise
 
 from lowbit import cuda
 from lowbit.formats import IntFormat, Layout, PackedTensor
@@ -47,13 +45,6 @@ TILES = {"64x16", "64x64", "128x128"}
 FEW_SMS = 2  # so that large tiles pay with few channels
 
 
-def random_codes(shape: tuple[int, ...], format: IntFormat, extreme: bool) -> torch.Tensor:
-    if extreme:
-        ends = torch.tensor([format.qmin, format.qmax], dtype=format.code_dtype)
-        return ends[torch.randint(0, 2, shape)]
-    return torch.randint(format.qmin, format.qmax + 1, shape).to(format.code_dtype)
-
-
 def operands(
     shape: tuple[int, int, int],
     codes: Codes,
@@ -62,29 +53,10 @@ def operands(
     extreme: bool = False,
 ) -> tuple[PackedTensor, PackedTensor]:
     """x [M, K] and w [N, K], as the kernel reads them; with a group_size, of two levels."""
-    torch.manual_seed(sum(shape))
-    M, N, K = shape
     x_format = IntFormat(codes.x_bits, symmetric)
-    zero_point = None if symmetric else random_codes((M, 1), x_format, extreme)
-    x_codes, size = random_codes((M, K), x_format, extreme), torch.Size((M, K))
-    x = PackedTensor(x_codes, torch.rand(M, 1), zero_point, x_format, Layout.BYTES, size)
     w_format = IntFormat(codes.w_bits, True, group_size, two_level=group_size is not None)
-    scale, channel_scale = torch.rand(N, 1), None
-    if w_format.two_level:
-        channel_scale = scale
-        ends = [15] if extreme else range(1, 16)
-        scale = torch.tensor(list(ends)).to(torch.uint8)
-        scale = scale[torch.randint(0, len(scale), (N, K // group_size))]
-    w_codes, size = random_codes((N, K), w_format, extreme), torch.Size((N, K))
-    w = PackedTensor(w_codes, scale, None, w_format, Layout.BYTES, size, channel_scale)
+    x, w = random_operands(shape, x_format, w_format, extreme)
     return to_layout(x, input_layout(codes.layout)), to_layout(w, codes.layout)
-
-
-def assert_same(x, w, bias=None, out_dtype=torch.float32, residual=None):
-    with poison():
-        got = int_gemm(x, w, bias, out_dtype, backend="cuda", residual=residual)
-    expected = int_gemm(x, w, bias, out_dtype, backend="reference", residual=residual)
-    assert_bitwise(got, expected)
 
 
 def stand_for(num_sms: int):
@@ -95,11 +67,7 @@ def stand_for(num_sms: int):
 
 def plan(shape: tuple[int, int, int], codes: Codes, num_sms: int) -> str:
     """What the launcher chooses, such as "64x16: 2 tiles x 3 splits of 4 stages"."""
-    function = ctypes.CDLL(str(cuda.LIBRARY.path)).lowbit_plan
-    function.restype = ctypes.c_char_p
-    is_int4 = codes.layout is Layout.FRAGMENT_INT4
-    numbers = (ctypes.c_int64 * 4)(*shape, is_int4)
-    return function(b"int_gemm", numbers, 4, 80, num_sms).decode()
+    return launch_plan(shape, int(codes.layout is Layout.FRAGMENT_INT4), 80, num_sms)
 
 
 @on_sm80

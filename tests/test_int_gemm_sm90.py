@@ -1,9 +1,5 @@
-"""int_gemm by wgmma, in the emulator or on a Hopper GPU: the bits of the reference, always.
+"""int_gemm by wgmma, in the emulator or on a Hopper GPU: the bits of the reference, always."""
 
-Integer sums are exact and the scaling is the reference's, so random inputs give equal bits too.
-"""
-
-import ctypes
 import itertools
 import re
 from typing import NamedTuple
@@ -11,7 +7,8 @@ from typing import NamedTuple
 import emulator
 import pytest
 import torch
-from helpers import assert_bitwise, poison
+from gemm_operands import assert_same, launch_plan, random_operands
+from helpers import assert_bitwise
 from sass import built, kernels_sass
 
 from lowbit import cuda
@@ -28,37 +25,14 @@ class Shape(NamedTuple):
     K: int
 
 
-def codes(shape: tuple[int, ...], format: IntFormat, extreme: bool) -> torch.Tensor:
-    """Random ones, or the ends of the range alone."""
-    if extreme:
-        ends = torch.tensor([format.qmin, format.qmax], dtype=format.code_dtype)
-        return ends[torch.randint(0, 2, shape)]
-    return torch.randint(format.qmin, format.qmax + 1, shape).to(format.code_dtype)
-
-
 def operands(
     shape: Shape, x_format: IntFormat, w_format: IntFormat, extreme: bool = False
 ) -> tuple[PackedTensor, PackedTensor]:
-    torch.manual_seed(sum(shape))
-    M, N, K = shape
-    zero_point = None if x_format.symmetric else codes((M, 1), x_format, extreme)
-    x = PackedTensor(
-        codes((M, K), x_format, extreme),
-        torch.rand(M, 1) + 0.01,
-        zero_point,
-        x_format,
-        Layout.BYTES,
-        torch.Size((M, K)),
-    )
-    scale, channel = torch.rand(N, 1) + 0.01, None
-    if w_format.two_level:
-        scale, channel = torch.randint(1, 16, (N, w_format.num_groups(K))).to(torch.uint8), scale
-    w_codes, size = codes((N, K), w_format, extreme), torch.Size((N, K))
-    w = PackedTensor(w_codes, scale, None, w_format, Layout.BYTES, size, channel)
+    x, w = random_operands(shape, x_format, w_format, extreme)
     return x, to_layout(w, Layout.FRAGMENT)
 
 
-def assert_same(
+def multiply(
     shape: Shape,
     x_format: IntFormat = INT8,
     w_format: IntFormat = INT4,
@@ -71,28 +45,25 @@ def assert_same(
     x, w = operands(shape, x_format, w_format, extreme)
     bias = torch.randn(shape.N) if with_bias else None
     residual = torch.randn(shape.M, shape.N).to(dtype) if with_residual else None
-    with poison():
-        got = int_gemm(x, w, bias, dtype, residual=residual, backend="cuda")
-    expected = int_gemm(x, w, bias, dtype, residual=residual, backend="reference")
-    assert_bitwise(got, expected)
+    assert_same(x, w, bias, dtype, residual)
 
 
 # Ends of the tiles: 16, 32, 64, 128 and 256 tokens, 128 or 256 channels, 128 columns.
 @pytest.mark.parametrize("M", [1, 8, 16, 17, 33, 64, 65, 129, 257])
 def test_tokens(M):
-    assert_same(Shape(M, 136, 272))
+    multiply(Shape(M, 136, 272))
 
 
 @pytest.mark.parametrize("N", [8, 64, 120, 128, 264, 520])
 def test_channels(N):
-    assert_same(Shape(5, N, 144))
-    assert_same(Shape(130, N, 144), with_residual=True)
+    multiply(Shape(5, N, 144))
+    multiply(Shape(130, N, 144), with_residual=True)
 
 
 @pytest.mark.parametrize("K", [16, 64, 80, 128, 192, 208, 1040])
 def test_columns(K):
-    assert_same(Shape(3, 72, K))
-    assert_same(Shape(70, 72, K), IntFormat(8, symmetric=False))
+    multiply(Shape(3, 72, K))
+    multiply(Shape(70, 72, K), IntFormat(8, symmetric=False))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +77,7 @@ def test_columns(K):
 @pytest.mark.parametrize("extreme", [False, True])
 def test_formats(x_format, w_format, extreme):
     for M in (6, 140):
-        assert_same(Shape(M, 200, 384), x_format, w_format, extreme=extreme)
+        multiply(Shape(M, 200, 384), x_format, w_format, extreme=extreme)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -114,7 +85,7 @@ def test_formats(x_format, w_format, extreme):
 def test_epilogue(M, dtype):
     for bias, residual in itertools.product((False, True), repeat=2):
         shape = Shape(M, 328, 160)
-        assert_same(shape, with_bias=bias, with_residual=residual, dtype=dtype)
+        multiply(shape, with_bias=bias, with_residual=residual, dtype=dtype)
 
 
 def test_nan_inf_and_minus_zero():
@@ -135,7 +106,7 @@ def test_any_number_of_sms(shape, num_sms):
         pytest.skip("a GPU has the SMs it has")
     shape = shape._replace(N=shape.N // 8 * 8)
     emulator.stand_for(90, num_sms)
-    assert_same(shape, IntFormat(8, symmetric=False), with_residual=True)
+    multiply(shape, IntFormat(8, symmetric=False), with_residual=True)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +120,7 @@ def test_any_number_of_sms(shape, num_sms):
     ],
 )
 def test_plan_on_132_sms(shape, kind, expected):
-    plan = ctypes.CDLL(str(cuda.LIBRARY.path)).lowbit_plan
-    plan.restype = ctypes.c_char_p
-    assert plan(b"int_gemm", (ctypes.c_int64 * 4)(*shape, kind), 4, 90, 132).decode() == expected
+    assert launch_plan(shape, kind, 90, 132) == expected
 
 
 def test_longest_rows():
@@ -161,12 +130,11 @@ def test_longest_rows():
     w = to_layout(w, Layout.BYTES)
     w.codes.fill_(-8)
     w = to_layout(w, Layout.FRAGMENT)
-    got = int_gemm(x, w, None, torch.bfloat16, backend="cuda")
-    assert_bitwise(got, int_gemm(x, w, None, torch.bfloat16, backend="reference"))
+    assert_same(x, w, out_dtype=torch.bfloat16)
 
 
 def test_no_tokens():
-    assert_same(Shape(0, 128, 128))
+    multiply(Shape(0, 128, 128))
 
 
 @pytest.mark.slow
