@@ -8,7 +8,10 @@ import torch
 from benchmarks import inputs, peers
 from benchmarks.harness import Case, Peers, product, shape_text
 from benchmarks.shapes import Setup
-from lowbit.formats import IntFormat
+from lowbit import cuda
+from lowbit.formats import IntFormat, Layout, PackedTensor
+from lowbit.ops import to_layout
+from lowbit.ops.kernel_layouts import cuda_layout
 from lowbit.ops.weight_only_gemm import WEIGHT_ONLY_GEMM
 
 FORMATS = {
@@ -35,7 +38,7 @@ def _case(device, M: int, N: int, K: int, linear: str, format: str) -> Case:
     def arguments(exact: bool) -> tuple:
         x = inputs.floats((M, K), torch.bfloat16, device, exact)
         w, scale, zero_point = inputs.weight(N, K, grid, device, exact)
-        return x, w, scale, zero_point, None, grid.bits
+        return x, w, scale, zero_point, None, grid.bits, Layout.ROW_MAJOR.value
 
     return Case(
         WEIGHT_ONLY_GEMM,
@@ -45,7 +48,23 @@ def _case(device, M: int, N: int, K: int, linear: str, format: str) -> Case:
         arguments,
         partial(_peers, M, N, K, grid, device),
         operations=product(M, N, K),
+        prepare=partial(_prepare, K, grid),
+        plan=(M, N, K, grid.storage_bits),
     )
+
+
+def _prepare(K: int, grid: IntFormat, args: tuple, backend: str) -> tuple:
+    """The weight in the layout that the CUDA kernel reads, as a layer prepares it."""
+    x, codes, scale, zero_point = args[:4]
+    N = len(codes)
+    if backend != "cuda" or cuda.why_not_cuda(codes) is not None:
+        return args
+    layout = cuda_layout(grid, None, K, N, cuda.sm(codes.device))
+    if layout is None:  # the call then gives the reason
+        return args
+    shape = torch.Size((N, K))
+    w = PackedTensor(codes, scale, zero_point, grid, Layout.ROW_MAJOR, shape)
+    return x, to_layout(w, layout).codes, *args[2:6], layout.value
 
 
 def _peers(M: int, N: int, K: int, grid: IntFormat, device, *_args) -> Peers:

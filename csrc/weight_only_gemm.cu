@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(G::kThreads, G::kMinBlocks)
 // ---- the choice of a tile
 
 // A kernel is one of Tiles times one of AllOperands; tiles are tried in order.
-using Tiles = std::tuple<Tile<64, 8, 128, 4, 1, 4, 4>, Tile<64, 16, 128, 4, 1, 4, 4>,
+using Tiles = std::tuple<Tile<64, 8, 256, 4, 1, 3, 4>, Tile<64, 16, 256, 4, 1, 3, 4>,
                          Tile<64, 64, 64, 2, 2, 3, 2>, Tile<128, 128, 64, 4, 2, 3, 1>>;
 using AllOperands = std::tuple<Operands<__half, 4, false>, Operands<__half, 8, false>,
                                Operands<__nv_bfloat16, 4, false>, Operands<__nv_bfloat16, 8, false>,
@@ -54,7 +54,7 @@ void for_each(Visit visit) {
 struct TileCost {
   int clocks, clocks_of_4_bits, blocks_to_fill;
 };
-constexpr TileCost kTileCosts[] = {{220, 220, 3}, {230, 220, 3}, {230, 20, 2}, {850, 40, 1}};
+constexpr TileCost kTileCosts[] = {{440, 440, 3}, {460, 440, 3}, {230, 20, 2}, {850, 40, 1}};
 static_assert(std::size(kTileCosts) == std::tuple_size_v<Tiles>, "a cost for each tile");
 constexpr int kBlockColumns = 256, kSplitColumns = 128;  // what a block, and a split, costs besides
 constexpr int kMaxSplits = 32;
@@ -81,9 +81,10 @@ Plan plan(int64_t M, int64_t N, int64_t K, int bits, int num_sms) {
       const int of_split = ceil_div(stages, splits);
       if (ceil_div(stages, of_split) != splits) continue;  // as fewer splits do
       const int64_t rounds = ceil_div<int64_t>(tiles * splits, num_sms);
-      const int besides = (kBlockColumns + (splits > 1 ? kSplitColumns : 0)) / tile.kStageK;
+      const int columns =
+          of_split * tile.kStageK + kBlockColumns + (splits > 1 ? kSplitColumns : 0);
       const int64_t time =
-          std::max<int64_t>(rounds, blocks_to_fill) * clocks * (of_split + besides);
+          std::max<int64_t>(rounds, blocks_to_fill) * clocks * columns / tile.kStageK;
       if (time < shortest) {
         shortest = time;
         best = {this_index, static_cast<int>(tiles), splits, of_split};

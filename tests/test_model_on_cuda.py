@@ -40,14 +40,14 @@ def ran(monkeypatch) -> set[str]:
     return names
 
 
-def agrees(format: str, ran: set[str], layout: Layout):
+def agrees(format: str, ran: set[str], layout: Layout, kernels: set[str] = KERNELS):
     device = cuda.LIBRARY.device_type
     model = lowbit.quantize(tiny_llama(**SIZES), RECIPE, format, progress=False).bfloat16()
     model, tokens = model.to(device), tiny_tokens(2, 9).to(device)
     expected = logits_of(model, "reference", tokens).float()
     ran.clear()
     got = logits_of(model, None, tokens).float()
-    assert ran == KERNELS
+    assert ran == kernels
     linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
     assert {m.prepared_weight.layout for m in linears} == {layout}
     # Attention's sums are in another order. One unit in the last place of 2 % of its outputs, as
@@ -69,3 +69,10 @@ def test_on_hopper(format, ran):
 )
 def test_on_ampere(format, layout, ran):
     agrees(format, ran, layout)
+
+
+@torch.no_grad()
+@pytest.mark.emulate(90)
+@pytest.mark.parametrize("format", ["w4a16g128", "w8a16", "w4a16g32-wasym"])
+def test_weights_alone(format, ran):
+    agrees(format, ran, Layout.FRAGMENT_FLOAT, {"weight_only_gemm"})

@@ -59,10 +59,17 @@ struct FloatWeights {
 
   // What is added to the weights of a group, twice: `upper` in rows g + 8, else in rows g. Of two
   // terms, the second.
-  __device__ __forceinline__ static uint32_t offset(int zero_point, bool upper) {
-    int of_magic = kIsHalf ? (kBits == 4 && upper ? 64 : 1024) : kBits == 4 ? 128 : -128;
-    const T value = from_float<T>(static_cast<float>(-(of_magic + zero_point)));
-    return bit_cast<uint16_t>(value) * 0x00010001u;
+  __device__ __forceinline__ static uint32_t offset(uint32_t zero_point, bool upper) {
+    uint32_t half;
+    if constexpr (kIsHalf) {  // -1024 = 0xE400 counts in steps of 1, -64 = 0xD400 of 1/16
+      half = kBits == 4 && upper ? 0xD400 + 16 * zero_point : 0xE400 + zero_point;
+    } else if constexpr (kBits == 4) {
+      half = 0xC300 + zero_point;
+    } else {  // 2^23 = 0x4B000000 counts in steps of 1; 128 - z has at most 8 bits
+      const float number = 8388608.0f + 128.0f - bit_cast<float>(0x4B000000u | zero_point);
+      half = bit_cast<uint32_t>(number) >> 16;
+    }
+    return half * 0x00010001u;
   }
 
   // a: the registers of a step, of words[0 .. kWords - 1]; offsets: of rows g and g + 8.

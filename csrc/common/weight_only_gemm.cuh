@@ -125,7 +125,7 @@ template <class G>
 struct Copies {
   static constexpr int kRows = G::kThreads / G::kRowChunks;  // at once
   static constexpr int kBytes = G::kThreads * kChunk;        // of weights, at once
-  static_assert(kRows % 8 == 0 && G::kTokens % kRows == 0, "a thread's rows have one swizzle");
+  static_assert((8 % kRows == 0 || kRows % 8 == 0) && G::kTokens % kRows == 0, "whole rows");
   static_assert(G::kWBytes % kBytes == 0, "threads copy the same number of chunks");
   static_assert(G::kPanelBytes % kBytes == 0 || kBytes % G::kPanelBytes == 0, "whole panels");
 
@@ -163,7 +163,8 @@ struct Copies {
 #pragma unroll
     for (int i = 0; i < G::kTokens / kRows; ++i) {
       const bool inside = i * kRows < rows && columns > 0;
-      cp_async_16(to + x_to + i * kRows * G::kRowBytes, x + i * kRows * row_bytes,
+      const int swizzle = i * kRows % 8 * kChunk;  // of the rows between
+      cp_async_16(to + (x_to ^ swizzle) + i * kRows * G::kRowBytes, x + i * kRows * row_bytes,
                   inside ? kChunk : 0);
     }
 #pragma unroll
@@ -196,6 +197,7 @@ struct Scales {
     const int of_stage = G::kStageK >> a.group_shift;  // 0: one, or a part of one
 #pragma unroll
     for (int i = 0; i < G::kThreadSlots; ++i) {
+      if (i > 0 && i * G::kSlotStep >= of_stage) break;  // of all threads
       const int slot = threadIdx.x / G::kChannels + i * G::kSlotStep, group = first + slot;
       scale[i] = zero_point[i] = 0;
       if ((slot == 0 || slot < of_stage) && n < a.N && group < a.groups) {
@@ -211,10 +213,11 @@ struct Scales {
     const int channel = threadIdx.x % G::kChannels;
 #pragma unroll
     for (int i = 0; i < G::kThreadSlots; ++i) {
+      if (i > 0 && i * G::kSlotStep >= G::kStageK >> a.group_shift) break;
       const float value = a.scale_type == FloatType::kHalf
                               ? to_float(bit_cast<__half>(static_cast<uint16_t>(scale[i])))
                               : bit_cast<float>(scale[i]);
-      const uint32_t offset = G::Weights::offset(static_cast<int>(zero_point[i]), channel & 8);
+      const uint32_t offset = G::Weights::offset(zero_point[i], channel & 8);
       to[(threadIdx.x / G::kChannels + i * G::kSlotStep) * G::kChannels + channel] =
           make_uint2(bit_cast<uint32_t>(value), offset);
     }
@@ -341,10 +344,9 @@ __device__ __forceinline__ void gemm_block(const Arguments& a, int4* workspace, 
   const int warp_token = warp_m * G::kColumns * 8, warp_channel = warp_n * G::kSlabs * 16;
   uint8_t* smem = dynamic_smem();
   const uint32_t smem_base = smem_address(smem);
-  const auto stage_at = [&](int stage) { return smem_base + stage % G::kStages * G::kStageBytes; };
-  const auto scales_of = [&](int stage) {  // [kSlots, kChannels]
-    return reinterpret_cast<uint2*>(smem + stage % G::kStages * G::kStageBytes + G::kXBytes +
-                                    G::kWBytes);
+  const auto stage_at = [&](int buffer) { return smem_base + buffer * G::kStageBytes; };
+  const auto scales_of = [&](int buffer) {  // [kSlots, kChannels]
+    return reinterpret_cast<uint2*>(smem + buffer * G::kStageBytes + G::kXBytes + G::kWBytes);
   };
 
   // step 1, the first stages
@@ -369,9 +371,9 @@ __device__ __forceinline__ void gemm_block(const Arguments& a, int4* workspace, 
   Fragments<G> fragments;
   fragments.load(smem_base, 0, warp_n, warp_m);
 #pragma unroll 1
-  for (int stage = 0; stage < work.stages; ++stage) {
-    const uint32_t here = stage_at(stage), next = stage_at(stage + 1);
-    const uint2* scales_here = scales_of(stage) + warp_channel;
+  for (int stage = 0, buffer = 0; stage < work.stages; ++stage) {
+    const int next = buffer == G::kStages - 1 ? 0 : buffer + 1;
+    const uint2* scales_here = scales_of(buffer) + warp_channel;
 #pragma unroll
     for (int step = 0; step < G::kSteps; ++step) {
       if (step % 2 == 0 && (step & (steps_of_group - 1)) == 0) {
@@ -379,10 +381,10 @@ __device__ __forceinline__ void gemm_block(const Arguments& a, int4* workspace, 
         scales_here += G::kChannels;
       }
       if (step == 0) {  // into the stage that the last barrier found read by all
-        const int ahead = stage + G::kStages - 1;
-        copies.start(stage_at(ahead));
-        scales.store(a, scales_of(ahead));
-        scales.load(a, work, work.stage + ahead + 1);
+        const int free = buffer == 0 ? G::kStages - 1 : buffer - 1;
+        copies.start(stage_at(free));
+        scales.store(a, scales_of(free));
+        scales.load(a, work, work.stage + stage + G::kStages);
       }
       if (step == G::kSteps - 1) {
         cp_async_wait<G::kStages - 2>();
@@ -390,10 +392,12 @@ __device__ __forceinline__ void gemm_block(const Arguments& a, int4* workspace, 
       }
       const Fragments<G> loaded = fragments;
       // after the last stage: of what lies there, and not used
-      fragments.load(step == G::kSteps - 1 ? next : here, (step + 1) % G::kSteps, warp_n, warp_m);
+      fragments.load(stage_at(step == G::kSteps - 1 ? next : buffer), (step + 1) % G::kSteps,
+                     warp_n, warp_m);
       sums.multiply(loaded, step, magic);
       if (step % 2 == 1 && ((step + 1) & (steps_of_group - 1)) == 0) sums.end_group();
     }
+    buffer = next;
   }
   cp_async_wait<0>();
   sync_block();  // shared memory is free
