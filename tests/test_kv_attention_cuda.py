@@ -133,7 +133,7 @@ def test_small_values_do_not_vanish_in_fp16():
     # Weights of 2^-12 to 1 and values of 2^-12 and less: their product is below fp16's 2^-24.
     batch = Batch(((200, 1),))
     values = torch.randn(200, 2, 64) * 2.0**-12
-    values[100] *= 2**12  # of a later step than the first
+    values[[100, 150]] *= 2**12  # of a warp's first step, and of another's second
     cache = filled([torch.randn(200, 2, 64) * 2], [values], bits=4)
     q = random_q(batch, 6, dtype=torch.float16)
     assert_is_torchs(cuda(q, cache, batch), q, cache, batch)

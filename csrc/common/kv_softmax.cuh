@@ -60,6 +60,10 @@ __device__ __forceinline__ void load_elements(float (&x)[4 * T::kSteps], const A
   }
 }
 
+// So little that what it makes of any two scores, below 2^44, is the same p; but not 0, which would
+// make nan of what a row does not see, -inf.
+constexpr float kLeastFactor = 7.52316384526264e-37f;  // 2^-120
+
 // `row_at`: where rows g and g + 8 begin in q, -1: none. q is read twice, the second time from L1.
 template <class T>
 __device__ __forceinline__ void load_queries(Queries<T>& q, const Arguments& a,
@@ -79,7 +83,7 @@ __device__ __forceinline__ void load_queries(Queries<T>& q, const Arguments& a,
     amax = max_nan(amax, shuffle_xor(amax, 2));
     const int exponent = exponent_of(amax);
     scale[half] = to_top(exponent);
-    q.factor[half] = a.factor * from_top(exponent);
+    q.factor[half] = fmaxf(a.factor * from_top(exponent), kLeastFactor);
     q.sum[half] = 0.0f;
   }
 #pragma unroll(T::kSharedQueries ? 1 : T::kChunks)
@@ -217,10 +221,7 @@ __device__ __forceinline__ void soften(State<T>& state, float (&s)[4][4], const 
   for (int n = 0; n < 4; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int half = i / 2;
-      const bool is_hidden = is_cut && 8 * n + 2 * t + i % 2 >= seen_end[half];
-      const float p = exp2_approx((s[n][i] - base[half]) * q.factor[half]);
-      s[n][i] = is_hidden ? 0.0f : p;
+      s[n][i] = exp2_approx((s[n][i] - base[i / 2]) * q.factor[i / 2]);
     }
   }
 #pragma unroll
