@@ -56,12 +56,24 @@ struct Gated {
     raw.up.load(up, type, at);
   }
 
+  template <class T>
+  __device__ __forceinline__ static void widen(float (&g)[kVector], float (&u)[kVector],
+                                               const Raw& raw) {
+    raw.gate.template widen_as<T>(g);
+    raw.up.template widen_as<T>(u);
+  }
+
   // Of what was fetched; the next, if there is more, is loaded meanwhile.
   __device__ __forceinline__ void finish(float (&to)[kVector], Raw& raw, bool more,
                                          int64_t next) const {
     float other[kVector];
-    raw.gate.widen(to, type);
-    raw.up.widen(other, type);
+    if (type == ElementType::kFp32) {
+      widen<float>(to, other, raw);
+    } else if (type == ElementType::kFp16) {
+      widen<__half>(to, other, raw);
+    } else {
+      widen<__nv_bfloat16>(to, other, raw);
+    }
     if (more) fetch(raw, next);
     activate(to, activation);
 #pragma unroll

@@ -410,14 +410,18 @@ __device__ __forceinline__ void rotate_and_quantize(const Source& source,
   if constexpr (Source::kIsStaged) {
     const Units<-1> units{r.first};
     typename Source::Raw raw;
-    if (units.has(0)) source.fetch(raw, start + units.unit(0) * kVector);
+    uint32_t first = units.first(0), offset = units.offset(0);
+    bool has = units.has(0);
+    if (has) source.fetch(raw, start + (first + offset) * kVector);
 #pragma unroll 1
-    for (int u = 0; u < kUnits && units.has(u); ++u) {
-      const bool more = u + 1 < kUnits && units.has(u + 1);
+    for (int u = 1; has; ++u) {
+      const uint32_t at = unit_at(r, first, offset);
+      first = units.first(u), offset = units.offset(u);
+      has = u < kUnits && units.has(u);
       float unit[1][kVector];
-      source.finish(unit[0], raw, more, start + units.unit(u + 1) * kVector);
+      source.finish(unit[0], raw, has, start + (first + offset) * kVector);
       low_butterflies(unit, r.low_bits);
-      store_unit(slots, unit_at(r, units.first(u), units.offset(u)), unit[0]);
+      store_unit(slots, at, unit[0]);
     }
   } else {
     with_bits<kUnitBits>(r.first.bits, [&](auto bits) {

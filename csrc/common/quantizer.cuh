@@ -95,16 +95,6 @@ struct AnyVector {
     for (int i = 0; i < RawVector<T>::kLoads; ++i) raw.words[i] = words[i];
     raw.widen(x);
   }
-
-  __device__ __forceinline__ void widen(float (&x)[kVector], ElementType type) const {
-    if (type == ElementType::kFp32) {
-      widen_as<float>(x);
-    } else if (type == ElementType::kFp16) {
-      widen_as<__half>(x);
-    } else {
-      widen_as<__nv_bfloat16>(x);
-    }
-  }
 };
 
 // What a scale is computed from; nan where an element is.
