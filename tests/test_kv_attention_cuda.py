@@ -1,8 +1,10 @@
 """kv_attention in CUDA, on the caches of test_kv_attention.py."""
 
+import re
 from dataclasses import replace
 
 import pytest
+import sass
 import torch
 from helpers import assert_bitwise, poison
 from test_kv_attention import (
@@ -256,3 +258,17 @@ def test_reasons(change, reason):
     arguments |= {"q": torch.zeros(3, 9, D).half(), "block_table": cache.block_table}
     with pytest.raises(RuntimeError, match=f"cuda: the CUDA kernel .*{reason}"):
         KV_ATTENTION(*(arguments | change).values(), backend="cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", sass.ARCHITECTURES)
+def test_machine_code(architecture):
+    """Products of fp16, summed in fp32; codes transposed as they are loaded; copies past L1."""
+    seen = 0
+    for name, code in sass.kernels_sass(sass.built()[0], architecture).items():
+        if "kv_attention_kernel<" in name:
+            assert set(re.findall(r"HMMA[.\w]*", code)) == {"HMMA.16816.F32"}, name
+            assert {"LDSM.16.M88.4", "LDSM.16.MT88.4"} <= set(re.findall(r"LDSM[.\w]*", code)), name
+            assert "LDGSTS.E.BYPASS" in code, name
+            seen += 1
+    assert seen == 12  # 2 widths of codes, 3 sizes of heads, decode and prefill
