@@ -11,7 +11,7 @@ from lowbit.evaluate.fake_quant import rotate
 from lowbit.formats import Layout, QuantFormat
 from lowbit.models import adapter_for
 from lowbit.nn import swap
-from lowbit.ops.dispatch import Backend
+from lowbit.ops.dispatch import OPS, Backend
 from lowbit.ops.int_gemm import DEFAULTS, INT_GEMM
 from lowbit.ops.weight_only_gemm import WEIGHT_ONLY_GEMM
 from lowbit.rounding import RTN
@@ -64,7 +64,7 @@ def pretend_cuda(monkeypatch, sm: int) -> list[tuple]:
     """As if CPU tensors lay on a GPU of that architecture, whose GEMMs are the references behind
     what kernels ask for: prepared weights, and activations that suit them. Returns the calls of
     int_gemm."""
-    calls = []
+    calls, weight_only = [], WEIGHT_ONLY_GEMM.backends["cuda"]
 
     def why_not_cuda(*tensors):
         here = all(t is None or t.device == torch.device("cpu") for t in tensors)
@@ -79,8 +79,10 @@ def pretend_cuda(monkeypatch, sm: int) -> list[tuple]:
 
     monkeypatch.setattr(cuda, "why_not_cuda", why_not_cuda)
     monkeypatch.setattr(cuda, "sm", lambda device=None: sm)
+    for op in OPS.values():  # the others have no such twin, and the library may not be built
+        monkeypatch.setitem(op.backends, "cuda", Backend(lambda *_args: "it is not pretended"))
     kernel = Backend(why_not_int_gemm, "lowbit.ops.int_gemm:_reference")
     monkeypatch.setitem(INT_GEMM.backends, "cuda", kernel)
-    weight_only = replace(WEIGHT_ONLY_GEMM.backends["cuda"], target=WEIGHT_ONLY_REFERENCE)
+    weight_only = replace(weight_only, target=WEIGHT_ONLY_REFERENCE)
     monkeypatch.setitem(WEIGHT_ONLY_GEMM.backends, "cuda", weight_only)
     return calls
