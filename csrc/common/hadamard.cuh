@@ -468,9 +468,19 @@ __device__ __forceinline__ void rotate_and_quantize(const Source& source,
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      x[u][i] = mul_rn(x[u][i], r.factor);
-      range.include(x[u][i]);  // zeros where the thread has no unit
+    for (int i = 0; i < kVector; ++i) x[u][i] = mul_rn(x[u][i], r.factor);
+  }
+  if (grid.symmetric) {  // zeros where the thread has no unit
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) range.include_magnitude(x[u][i]);
+    }
+  } else {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) range.include(x[u][i]);
     }
   }
   range = reduce_range(range, reinterpret_cast<Range*>(dynamic_smem()));

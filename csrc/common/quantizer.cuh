@@ -106,6 +106,9 @@ struct Range {
     hi = max_nan(hi, x);
   }
 
+  // Enough of a symmetric range, whose larger side counts.
+  __device__ __forceinline__ void include_magnitude(float x) { hi = max_nan(hi, fabsf(x)); }
+
   __device__ __forceinline__ void include(const Range& other) {
     lo = min_nan(lo, other.lo);
     hi = max_nan(hi, other.hi);
@@ -154,8 +157,8 @@ __device__ __forceinline__ Range reduce_range(Range range, Range* scratch) {
 struct Scale {
   float scale, zero_point;  // as they are stored
   float divisor, inverse;   // s and y
-  bool is_large;
-  uint32_t keep;  // all bits; none where the row is not finite, whose codes are 0
+  float factor;             // of x and s: 2^-64 where s is large, else 1
+  uint32_t keep;            // all bits; none where the row is not finite, whose codes are 0
 };
 
 constexpr float kLargeScale = 18446744073709551616.0f;  // 2^64
@@ -177,7 +180,7 @@ __device__ __forceinline__ Scale scale_of(const Range& range, const IntGrid& gri
           finite ? zero_point : 0.0f,
           divisor,
           div_rn(1.0f, divisor),
-          is_large,
+          is_large ? 1.0f / kLargeScale : 1.0f,
           finite ? ~0u : 0u};
 }
 
@@ -217,7 +220,7 @@ __device__ __forceinline__ void store_codes(uint8_t* codes, int64_t index,
   uint32_t rounded[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    const float y = scale.is_large ? mul_rn(x[i], 1.0f / kLargeScale) : x[i];
+    const float y = mul_rn(x[i], scale.factor);
     const float q0 = mul_rn(y, scale.inverse);
     const float q = fmaf(fmaf(-q0, scale.divisor, y), scale.inverse, q0);
     rounded[i] = bit_cast<uint32_t>(add_rn(fminf(fmaxf(q, lo), hi), kRounder));
