@@ -158,7 +158,7 @@ void launch_rmsnorm_quant(const NormArguments& a) {
 
 // Applies `visit` to the tiles in ascending order of the rows they hold.
 #define LOWBIT_NORM_TILES(visit) \
-  visit(32, 1) visit(32, 4) visit(128, 2) visit(256, 2) visit(512, 2) visit(1024, 2) visit(1024, 4)
+  visit(32, 1) visit(32, 2) visit(128, 2) visit(256, 2) visit(512, 2) visit(1024, 2)
 
 template <class T>
 void rmsnorm_quant_of(const NormArguments& a) {

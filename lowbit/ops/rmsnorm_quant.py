@@ -105,12 +105,17 @@ def _why_not_triton(*args) -> str | None:
     return why_not_quantized_by_triton(x, bits, packed) or why_not_triton(x, residual, weight)
 
 
+CUDA_LONGEST_ROW = 16384  # 16 elements a thread: with 32 the registers of 1024 threads spill
+
+
 def _why_not_cuda(*args) -> str | None:
     if not args:
         return why_not_cuda()
     x, residual, weight, _, bits, _, clip, packed = args
     if weight is not None and weight.dtype not in (x.dtype, torch.float32):
         return f"its weight must have x's dtype or fp32, it is {weight.dtype}"
+    if x.shape[-1] > CUDA_LONGEST_ROW:
+        return f"a row must not be longer than {CUDA_LONGEST_ROW}, it is {x.shape[-1]}"
     inputs = [t for t in (x, residual, weight) if t is not None]
     reason = why_not_quantized_by_cuda(x.shape[-1], bits, clip, packed, *inputs)
     return reason or why_not_cuda(*inputs)
