@@ -8,8 +8,8 @@ largest linear takes. That is less than the model in bf16, one block in fp32 and
 (docs/notes/0001, "Memory"). A model object is whole from the start; its blocks shrink in turn.
 """
 
-import contextlib
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowbit.config import LowbitConfig
 from lowbit.errors import InputError
 from lowbit.evaluate.text import manual_text
+from lowbit.executor import Executor, needed_streams
 from lowbit.formats import QuantFormat
 from lowbit.models import Adapter, adapter_for
 from lowbit.models.source import open_source
 from lowbit.models.stored import StoredModel
 from lowbit.nn.swap import swap
-from lowbit.ops import dequantize
 from lowbit.recipes import Calibration, Recipe, recipe_named
-from lowbit.rounding import quadratic_error
-from lowbit.transforms import FittedTransforms, Rotate, fit, hook_online
+from lowbit.transforms import FittedTransforms, FoldNorms, Rotate, fit
 
-TOKENS_AT_ONCE = 2048  # calibration tokens in one forward of a block
 ROWS_AT_ONCE = 1024  # of a weight that is checked: it may not fit a second time
 
 
@@ -67,41 +65,50 @@ def quantize(
     adapter = adapter_for(model.config)
     model.eval().requires_grad_(False)
     check_weights(model, stored, adapter, format)
-    calibrates = recipe.rounder.needs_hessian and format.weight is not None
     windows = None
-    if calibrates:
+    if needed_streams(recipe, format):
         windows = _windows(calibration, tokenizer, recipe.calibration, seed)
 
     fitted = fit(_useful(recipe.transforms, adapter, format), adapter, seed)
     fitted.fuse_ends(model)
-    stream = _Stream(model, adapter, windows) if calibrates else None
-    packed, rounding = {}, {}
     blocks = model.get_submodule(adapter.block_path)
     dtype = model.dtype
     bar = tqdm(list(enumerate(blocks)), "quantize", unit="block", disable=not progress)
+    executor = Executor(model, fitted, recipe, format, windows, _teller(bar))
+    packed, report = {}, {"rounding": {}, "scales": {}}
     for index, block in bar:
         if stored:
             stored.load(f"{adapter.block_path}.{index}")
-        results = _quantize_block(block.float(), fitted, recipe, format, stream, bar, index)
-        for name, (weight, report) in results.items():
+        rounded, scales = executor.run(block.float(), index)
+        for name, (weight, found) in rounded.items():
             packed[f"{adapter.block_path}.{index}.{name}"] = weight
-            rounding[f"{index}.{name}"] = report
+            report["rounding"][f"{index}.{name}"] = found
+            if "relative_error" in found:
+                bar.set_postfix_str(f"{name} error {found['relative_error']:.4f}")
+        report["scales"].update((f"{index}.{space}", found) for space, found in scales.items())
         block.to(dtype)
-    swap(model, adapter, _config(recipe, format, fitted, seed, windows, rounding))
+    swap(model, adapter, _config(recipe, format, fitted, seed, windows, report))
     for name, weight in packed.items():
         model.get_submodule(name).assign(weight)
     return model
 
 
+def _teller(bar: tqdm) -> Callable[[str], None]:
+    return lambda message: bar.write(message, file=sys.stderr)
+
+
 def _useful(transforms: tuple, adapter: Adapter, format: QuantFormat) -> tuple:
-    """The transforms, less those that would run online in front of unquantized linears."""
+    """The transforms, less those that only serve quantized linears where there are none: scales,
+    and what would run online in front of them."""
     if format.weight is not None:
         return transforms
     spaces = adapter.spaces
     return tuple(
         t
         for t in transforms
-        if not isinstance(t, Rotate) or spaces[t.space].writers or not spaces[t.space].readers
+        if isinstance(t, FoldNorms)
+        or isinstance(t, Rotate)
+        and (spaces[t.space].writers or not spaces[t.space].readers)
     )
 
 
@@ -111,7 +118,7 @@ def _config(
     fitted: FittedTransforms,
     seed: int,
     windows: Tensor | None,
-    rounding: dict,
+    found: dict,
 ) -> LowbitConfig:
     activation_clip, kv_clip = recipe.clips(format)
     return LowbitConfig(
@@ -126,7 +133,7 @@ def _config(
             "transforms": fitted.report(),
             "seed": seed,
             "calibration": None if windows is None else list(windows.shape),
-            "rounding": {name: report for name, report in rounding.items() if report},
+            **{kind: {name: f for name, f in each.items() if f} for kind, each in found.items()},
         },
     )
 
@@ -187,90 +194,3 @@ def _windows(
     text = manual_text("calibration") if calibration is None else calibration
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return sample_windows(tokens, spec, seed)
-
-
-def _quantize_block(
-    block: nn.Module,
-    fitted: FittedTransforms,
-    recipe: Recipe,
-    format: QuantFormat,
-    stream: "_Stream | None",
-    bar: tqdm,
-    index: int,
-) -> dict:
-    """linear -> (PackedTensor, report); the block's own weights are released."""
-    fitted.fuse_block(block)
-    if format.weight is None:
-        return {}
-    hooks = hook_online(block, fitted.input_transforms)
-    results = {}
-    for stage in fitted.adapter.stages:
-        linears = {name: block.get_submodule(name) for name in stage}
-        hessian = stream.hessian(block, linears[stage[0]], index) if stream else None
-        for name, linear in linears.items():
-            weight, report = recipe.rounder.round(linear.weight, format.weight, hessian)
-            if "damp" in report and report["damp"] is None:
-                bar.write(
-                    f"warning: block {index}, {name}: no damping made its Hessian positive "
-                    "definite, rounded to nearest",
-                    file=sys.stderr,
-                )
-            rounded = dequantize(weight)
-            if hessian is not None:
-                lost = quadratic_error(linear.weight - rounded, hessian)
-                whole = quadratic_error(linear.weight, hessian)
-                report["relative_error"] = lost / whole if whole else 0.0  # all-zero weights
-                bar.set_postfix_str(f"{name} error {report['relative_error']:.4f}")
-            linear.weight.copy_(rounded)
-            results[name] = weight, report
-    if stream:
-        stream.advance(block)
-    for hook in hooks:
-        hook.remove()
-    for name in fitted.adapter.linears:
-        block.get_submodule(name).weight = None
-    return results
-
-
-class _StopForward(Exception):
-    """Raised by a hook once the input it was waiting for has been seen."""
-
-
-class _Stream:
-    """Calibration activations entering the current block, fp32, from the rounded blocks before."""
-
-    def __init__(self, model: PreTrainedModel, adapter: Adapter, windows: Tensor):
-        embed = model.get_input_embeddings()
-        batch = max(1, TOKENS_AT_ONCE // windows.shape[1])
-        self.hidden = [embed(part).float() for part in windows.to(model.device).split(batch)]
-        positions = torch.arange(windows.shape[1], device=model.device)[None]
-        rotary = model.get_submodule(adapter.rotary_path)
-        self.position_embeddings = rotary(self.hidden[0], position_ids=positions)
-
-    def _forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        return block(hidden, position_embeddings=self.position_embeddings, attention_mask=None)
-
-    def hessian(self, block: nn.Module, linear: nn.Linear, index: int) -> Tensor:
-        """H = (2 / n) sum x x^T over the inputs of one linear, [K, K] fp32."""
-        K = linear.in_features
-        hessian = torch.zeros(K, K, device=linear.weight.device)
-
-        def accumulate(_module, args):
-            x = args[0].flatten(0, -2)
-            hessian.addmm_(x.T, x)
-            raise _StopForward
-
-        hook = linear.register_forward_pre_hook(accumulate)
-        for hidden in self.hidden:
-            with contextlib.suppress(_StopForward):
-                self._forward(block, hidden)
-        hook.remove()
-        if not hessian.isfinite().all():
-            raise InputError(
-                f"calibration activations must be finite, got NaN or inf entering block {index}"
-            )
-        return hessian.mul_(2 / sum(h.shape[0] * h.shape[1] for h in self.hidden))
-
-    def advance(self, block: nn.Module):
-        for i, hidden in enumerate(self.hidden):  # in place: never two blocks' activations
-            self.hidden[i] = self._forward(block, hidden)

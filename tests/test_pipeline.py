@@ -133,7 +133,7 @@ def test_peak_memory(tmp_path):
     block = sum(4 * p.numel() for p in model.model.layers[0].parameters())
     windows = tiny_tokens(8, 32)
     activations = 4 * windows.numel() * model.config.hidden_size
-    recipe = replace(lowbit.RECIPES["quarot"], rounder=GPTQ(clip_search=False))  # seconds
+    recipe = replace(lowbit.RECIPES["quarot"], rounding=GPTQ(clip="none"))  # seconds
     with LiveBytes() as live:
         lowbit.quantize(str(tmp_path), recipe, calibration=windows, progress=False)
     assert live.peak <= whole + block + activations

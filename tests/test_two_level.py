@@ -17,7 +17,7 @@ from lowbit.evaluate.size import size_of
 from lowbit.formats import MIN_SCALE, IntFormat, Layout, PackedTensor
 from lowbit.nn import QuantLinear
 from lowbit.ops import dequantize, int_gemm, quantize, to_layout, weight_only_gemm
-from lowbit.rounding import GPTQ, RTN, quadratic_error
+from lowbit.rounding import GPTQ, RTN, Statistics, quadratic_error
 from lowbit.rounding.grid import WeightGrid, two_levels, weight_grid
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
@@ -62,15 +62,15 @@ def test_edge_rows():
     assert grid.channel_scale[4].isnan() and grid.step[2].isfinite().all()
 
 
-@pytest.mark.parametrize("clip_search", [False, True])
+@pytest.mark.parametrize("clip", ["none", "weight"])
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_rtn_by_its_formulas(weight, format, clip_search):
+def test_rtn_by_its_formulas(weight, format, clip):
     """In NumPy, one step at a time, from fp32 scales that one level would have."""
     weight[3], weight[5, :40] = 0, 0
     f32, groups = np.float32, weight.shape[1] // format.group_size
-    if clip_search:  # of fp32 scales, group by group as if each were a channel
+    if clip == "weight":  # of fp32 scales, group by group as if each were a channel
         channels = weight.view(-1, format.group_size)
-        s = weight_grid(channels, IntFormat(format.bits), True).scale.view(-1, groups).numpy()
+        s = weight_grid(channels, IntFormat(format.bits), clip).scale.view(-1, groups).numpy()
     else:
         s = np.abs(weight.view(-1, groups, format.group_size).numpy()).max(-1) / f32(format.qmax)
         s = np.maximum(s, f32(MIN_SCALE))
@@ -79,20 +79,20 @@ def test_rtn_by_its_formulas(weight, format, clip_search):
     step = (scale.astype(f32) * channel_scale)[..., None]
     codes = np.rint(weight.view(-1, groups, format.group_size).numpy() / step)
     codes = np.clip(codes, format.qmin, format.qmax).reshape(weight.shape)
-    packed, _ = RTN(clip_search).round(weight, format)
+    packed, _ = RTN(clip).round(weight, format)
     assert packed.layout is Layout.ROW_MAJOR and packed.scale.dtype == torch.uint8
     assert np.array_equal(to_layout(packed, Layout.BYTES).codes.numpy(), codes)
     assert np.array_equal(packed.scale.numpy(), scale)
     assert np.array_equal(packed.channel_scale.numpy(), channel_scale)
 
 
-@pytest.mark.parametrize("clip_search, limit", [(False, 1.02), (True, 1.05)])
-def test_error_is_nearly_that_of_fp16_scales(clip_search, limit):
+@pytest.mark.parametrize("clip, limit", [("none", 1.02), ("weight", 1.05)])
+def test_error_is_nearly_that_of_fp16_scales(clip, limit):
     """Normal weights: 0.8 % above without clip search and 3.0 % with it; a channel is 27 % off."""
     weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
 
     def error(format):
-        return (dequantize(RTN(clip_search).round(weight, format)[0]) - weight).norm().item()
+        return (dequantize(RTN(clip).round(weight, format)[0]) - weight).norm().item()
 
     assert error(IntFormat(4, True, 32)) < error(INT4) < limit * error(IntFormat(4, True, 32))
     assert error(INT4) < 0.85 * error(IntFormat(4))
@@ -103,11 +103,11 @@ def test_gptq_rounds_on_the_same_grid(weight, format):
     mix = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * 0.2 + torch.eye(256)
     x = torch.randn(1024, 256, generator=torch.Generator().manual_seed(1)) @ mix
     hessian = 2 * x.T @ x / 1024
-    rtn, gptq = (r.round(weight, format, hessian)[0] for r in (RTN(True), GPTQ(clip_search=True)))
+    rtn, gptq = (r.round(weight, format, Statistics(hessian))[0] for r in (RTN("weight"), GPTQ()))
     assert_bitwise((gptq.scale, gptq.channel_scale), (rtn.scale, rtn.channel_scale))
     errors = [quadratic_error(weight - dequantize(t), hessian) for t in (gptq, rtn)]
     assert errors[0] < 0.9 * errors[1]
-    uncorrelated, _ = GPTQ(clip_search=True).round(weight, format, torch.eye(256))
+    uncorrelated, _ = GPTQ().round(weight, format, Statistics(torch.eye(256)))
     assert_bitwise(uncorrelated, rtn)
 
 

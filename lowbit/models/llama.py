@@ -10,7 +10,7 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 def llama(config: PreTrainedConfig) -> Adapter:
     """The adapter of one Llama-like configuration."""
-    num_heads = config.num_attention_heads
+    num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     return Adapter(
         base_path="model",
@@ -31,7 +31,33 @@ def llama(config: PreTrainedConfig) -> Adapter:
             ),
             "value": Space(head_dim, writers=("self_attn.v_proj",), readers=("self_attn.o_proj",)),
             "heads": Space(num_heads, inner=head_dim, readers=("self_attn.o_proj",)),
-            "mlp_hidden": Space(config.intermediate_size, readers=("mlp.down_proj",)),
+            "mlp_hidden": Space(
+                config.intermediate_size,
+                readers=("mlp.down_proj",),
+                scale_writers=("mlp.up_proj",),
+                judge="mlp.down_proj",
+            ),
             "query_key": Space(head_dim),
+            "attention_input": Space(
+                config.hidden_size,
+                readers=QUERY_KEY_VALUE,
+                scale_writers=("input_layernorm",),
+                judge="self_attn",
+            ),
+            "mlp_input": Space(
+                config.hidden_size,
+                readers=GATE_UP,
+                scale_writers=("post_attention_layernorm",),
+                judge="mlp",
+            ),
+            "value_channels": Space(
+                num_kv_heads,
+                inner=head_dim,
+                readers=("self_attn.o_proj",),
+                scale_writers=("self_attn.v_proj",),
+                repeat=num_heads // num_kv_heads,
+                judge="self_attn.o_proj",
+            ),
         },
+        scores=("self_attn.q_proj", "self_attn.k_proj"),
     )

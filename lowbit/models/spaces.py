@@ -26,6 +26,13 @@ class Space:
 
     With no writers the map cannot be fused in front of the readers: it stays in the model,
     online. A space with neither (q and k after RoPE) has maps that cancel by themselves.
+
+    scale_writers  modules after which each feature may be divided by a number of its own, and no
+                   more: a norm's gain, or a linear whose output goes through nothing that mixes
+                   features or bends them
+    repeat         a reader's columns hold each run of `inner` features this many times in a row
+                   (V of one KV head, for all the query heads that share it); only for scales
+    judge          the module whose output says what a scale is worth: it holds all readers
     """
 
     dim: int
@@ -34,6 +41,9 @@ class Space:
     readers: tuple[str, ...] = ()
     embedding: str | None = None  # outside the blocks
     head: str | None = None  # outside the blocks
+    scale_writers: tuple[str, ...] = ()
+    repeat: int = 1
+    judge: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,9 @@ class Adapter:
             heads: the attention output across heads, for each feature of a head
             mlp_hidden: the input of the last MLP linear
             query_key: q and k of one head, after RoPE
+            attention_input, mlp_input: what a norm writes, channels that only a scale can reach
+            value_channels: all values of a block, channel by channel
+    scores  linears that only make attention's scores: where clipping weights costs most
     """
 
     base_path: str
@@ -57,6 +70,7 @@ class Adapter:
     norms: tuple[Norm, ...]
     final_norm: Norm
     spaces: dict[str, Space]
+    scores: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:

@@ -3,11 +3,15 @@
 import difflib
 
 from lowbit.errors import InputError
-from lowbit.recipes.plain import GPTQ, RTN
-from lowbit.recipes.quarot import QUAROT, QUAROT_RTN
-from lowbit.recipes.recipe import Calibration, Recipe
+from lowbit.recipes import plain, quarot, scales
+from lowbit.recipes.recipe import Calibration, Recipe, overridden
 
-RECIPES = {recipe.name: recipe for recipe in (RTN, GPTQ, QUAROT_RTN, QUAROT)}
+RECIPES = {
+    recipe.name: recipe
+    for module in (plain, scales, quarot)
+    for recipe in vars(module).values()
+    if isinstance(recipe, Recipe)
+}
 
 
 def recipe_named(name: str) -> Recipe:
@@ -21,4 +25,4 @@ def recipe_named(name: str) -> Recipe:
     return RECIPES[name]
 
 
-__all__ = ["RECIPES", "Calibration", "Recipe", "recipe_named"]
+__all__ = ["RECIPES", "Calibration", "Recipe", "overridden", "recipe_named"]

@@ -5,7 +5,7 @@ only lose range, so 8-bit activations and KV keep all of it.
 """
 
 from lowbit.recipes.recipe import Recipe
-from lowbit.rounding import GPTQ, RTN
+from lowbit.rounding import GPTAQ, GPTQ, RTN, Qronos
 from lowbit.transforms import FoldNorms, Rotate
 
 ROTATIONS = (
@@ -22,8 +22,9 @@ QUAROT = Recipe(
     name="quarot",
     summary="Hadamard rotations, GPTQ weights",
     source="arXiv 2404.00456",
-    rounder=GPTQ(),
+    rounding=GPTQ(),
     transforms=ROTATIONS,
+    reproduces=tuple((source, "QuaRot") for source in ("000", "001", "002")),
     **CLIPS,
 )
 
@@ -31,7 +32,36 @@ QUAROT_RTN = Recipe(
     name="quarot-rtn",
     summary="Hadamard rotations, weights rounded to nearest with clip search",
     source="arXiv 2404.00456 (the RTN rows)",
-    rounder=RTN(clip_search=True),
+    rounding=RTN(clip="weight"),
+    transforms=ROTATIONS,
+    reproduces=(("000", "QuaRot"), ("001", "QuaRot*"), ("002", "QuaRot*")),
+    **CLIPS,
+)
+
+QUAROT_GPTAQ = Recipe(
+    name="quarot-gptaq",
+    summary="Hadamard rotations, GPTAQ weights",
+    source="Li et al. 2025, arXiv 2504.02692 (its QuaRot rows)",
+    rounding=GPTAQ(),
     transforms=ROTATIONS,
     **CLIPS,
+)
+
+QUAROT_QRONOS = Recipe(
+    name="quarot-qronos",
+    summary="Hadamard rotations, Qronos weights",
+    source="Zhang et al. 2025, arXiv 2505.11695",
+    rounding=Qronos(),
+    transforms=ROTATIONS,
+    **CLIPS,
+)
+
+# Source 004's tool rotates online for no model of its tables, and clips no activations.
+QUAROT_OFFLINE = Recipe(
+    name="quarot-offline",
+    summary="the Hadamard rotations that need no kernel, weights rounded to nearest",
+    source="arXiv 2404.00456, as in the small-model survey",
+    rounding=RTN(),
+    transforms=(FoldNorms(), Rotate("residual", random_signs=True), Rotate("value")),
+    reproduces=(("004", "QuaRot"),),
 )

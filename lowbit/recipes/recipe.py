@@ -1,10 +1,12 @@
-"""Recipe: a published method as data."""
+"""Recipe: a published method as data, and how its fields are changed by name."""
 
-from dataclasses import dataclass, field
+import ast
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 
+from lowbit.errors import InputError
 from lowbit.formats import QuantFormat
-from lowbit.rounding import GPTQ, RTN
-from lowbit.transforms import FoldNorms, Rotate
+from lowbit.rounding import Rounder
+from lowbit.transforms import FoldNorms, Rotate, Scale
 
 
 @dataclass(frozen=True)
@@ -17,21 +19,90 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Transforms in order, a rounder for the weights, clip ratios of the dynamic quantizers.
+    """Transforms in order, how weights are rounded, clip ratios of the dynamic quantizers.
 
+    reproduces  (source, method): the rows of lowbit/data/published_tables.csv it stands for
     The clips map a bit width to a ratio; widths not named keep the whole range (1.0).
     """
 
     name: str
     summary: str
     source: str
-    rounder: RTN | GPTQ
-    transforms: tuple[FoldNorms | Rotate, ...] = ()
+    rounding: Rounder
+    transforms: tuple[FoldNorms | Rotate | Scale, ...] = ()
     activation_clip: dict[int, float] = field(default_factory=dict)
     kv_clip: dict[int, float] = field(default_factory=dict)
     calibration: Calibration = Calibration()
+    reproduces: tuple[tuple[str, str], ...] = ()
 
     def clips(self, format: QuantFormat) -> tuple[float, float]:
         """(activation clip, KV clip) for a format."""
         bits = [None if f is None else f.bits for f in (format.activation, format.kv)]
         return self.activation_clip.get(bits[0], 1.0), self.kv_clip.get(bits[1], 1.0)
+
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        return tuple(t for t in self.transforms if isinstance(t, Scale))
+
+
+FIXED = ("name", "summary", "source", "reproduces")  # what a recipe is called, not what it does
+
+
+def overridden(recipe: Recipe, settings: list[str]) -> Recipe:
+    """The recipe with fields changed: "rounding.damp=0.05", "transforms.0.fit.alpha=0.7".
+
+    A part of a path is a field, an index of `transforms` or a bit width of a clip. Values are
+    Python literals, or words. An unknown field is an InputError that lists the known ones, a value
+    of another type one that names the type.
+    """
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals or not path:
+            raise InputError(f"--set must be FIELD=VALUE, got {setting!r}")
+        recipe = _changed(recipe, path.strip().split("."), _value(text.strip()), setting)
+    return recipe
+
+
+def _value(text: str):
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _changed(owner, path: list[str], value, setting: str):
+    """`owner` with what `path` leads to replaced."""
+    name, *rest = path
+    children = _children(owner)
+    if name not in children and isinstance(owner, dict) and name.isdigit():
+        children[name] = 1.0  # a clip for a bit width that had none
+    if name not in children:
+        known = ", ".join(children) or f"nothing inside a {type(owner).__name__}"
+        raise InputError(f"--set {setting}: unknown field {name!r}, expected one of {known}")
+    old = children[name]
+    new = _changed(old, rest, value, setting) if rest else _checked(old, value, setting)
+    if isinstance(owner, dict):
+        return {**owner, int(name): new}
+    if isinstance(owner, tuple):
+        return tuple(new if str(i) == name else item for i, item in enumerate(owner))
+    return replace(owner, **{name: new})
+
+
+def _children(owner) -> dict:
+    if isinstance(owner, dict):
+        return {str(key): value for key, value in owner.items()}
+    if isinstance(owner, tuple):
+        return {str(i): value for i, value in enumerate(owner)}
+    if is_dataclass(owner):
+        names = [f.name for f in fields(owner) if f.name not in FIXED]
+        return {name: getattr(owner, name) for name in names}
+    return {}
+
+
+def _checked(old, value, setting: str):
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(old) or _children(old):
+        wanted = "a field of it" if _children(old) else f"a {type(old).__name__}"
+        raise InputError(f"--set {setting}: expected {wanted}, got {value!r}")
+    return value

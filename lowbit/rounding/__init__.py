@@ -1,6 +1,24 @@
 """Rounders: weights and statistics in, codes out."""
 
-from lowbit.rounding.gptq import GPTQ, quadratic_error
+from lowbit.rounding.gptq import GPTAQ, GPTQ, Qronos
 from lowbit.rounding.rtn import RTN
+from lowbit.rounding.statistics import (
+    Statistics,
+    asymmetric_error,
+    quadratic_error,
+    statistics_of,
+)
 
-__all__ = ["GPTQ", "RTN", "quadratic_error"]
+Rounder = RTN | GPTQ  # GPTAQ and Qronos are GPTQs
+
+__all__ = [
+    "GPTAQ",
+    "GPTQ",
+    "RTN",
+    "Qronos",
+    "Rounder",
+    "Statistics",
+    "asymmetric_error",
+    "quadratic_error",
+    "statistics_of",
+]

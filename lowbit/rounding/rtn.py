@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lowbit.formats import IntFormat, Layout, PackedTensor
 from lowbit.ops.pack import to_layout
-from lowbit.rounding.grid import WeightGrid, codes_on_grid, weight_grid
+from lowbit.rounding.grid import WeightGrid, check_clip, codes_on_grid, weight_grid
+from lowbit.rounding.statistics import Statistics
 
 
 def packed_weight(codes: Tensor, grid: WeightGrid, format: IntFormat) -> PackedTensor:
@@ -19,16 +20,24 @@ def packed_weight(codes: Tensor, grid: WeightGrid, format: IntFormat) -> PackedT
 
 @dataclass(frozen=True)
 class RTN:
-    """`clip_search` shrinks each range to the least |error|^2.4 (weight MSE is not the loss: it
-    can hurt an unrotated model)."""
+    """clip: how grids are clipped, see lowbit/rounding/grid.py."""
 
-    clip_search: bool = False
-    needs_hessian = False
+    clip: str = "none"
+    true_sequential = False
+    quantized_inputs = False
+
+    def __post_init__(self):
+        check_clip(self.clip)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return ("full",) if self.clip == "output" else ()
 
     def round(
-        self, weight: Tensor, format: IntFormat, hessian: Tensor | None = None
+        self, weight: Tensor, format: IntFormat, statistics: Statistics | None = None
     ) -> tuple[PackedTensor, dict]:
         """weight [N, K] fp32 -> the packed weight and an empty report."""
-        grid = weight_grid(weight, format, self.clip_search)
+        hessian = None if statistics is None else statistics.hessian
+        grid = weight_grid(weight, format, self.clip, hessian)
         codes = codes_on_grid(weight, grid.step, grid.zero_point, format)
         return packed_weight(codes, grid, format), {}

@@ -3,13 +3,18 @@
 from lowbit.transforms.fuse import FittedTransforms, FoldNorms, fit, hook_online, rotate
 from lowbit.transforms.online import OnlineTransform
 from lowbit.transforms.rotation import Rotate, Rotation
+from lowbit.transforms.scale import AWQ, OutlierSuppressionPlus, Scale, SmoothQuant
 
 __all__ = [
+    "AWQ",
     "FittedTransforms",
     "FoldNorms",
     "OnlineTransform",
+    "OutlierSuppressionPlus",
     "Rotate",
     "Rotation",
+    "Scale",
+    "SmoothQuant",
     "fit",
     "hook_online",
     "rotate",

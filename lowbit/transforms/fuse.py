@@ -9,6 +9,7 @@ from lowbit.errors import InputError
 from lowbit.models.spaces import Adapter, Norm
 from lowbit.transforms.online import OnlineTransform
 from lowbit.transforms.rotation import ROWS_AT_ONCE, Rotate, Rotation
+from lowbit.transforms.scale import Scale
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,13 @@ class FoldNorms:
 
 @dataclass(frozen=True)
 class FittedTransforms:
-    """The transforms of a recipe, fitted to one model."""
+    """The transforms of a recipe that take no calibration, fitted to one model; and its scales,
+    which the executor fits block by block."""
 
     adapter: Adapter
     fold_norms: bool
     rotations: tuple[Rotation, ...]
+    scales: tuple[Scale, ...] = ()
 
     @property
     def input_transforms(self) -> dict[str, OnlineTransform]:
@@ -67,7 +70,7 @@ class FittedTransforms:
 
     def report(self) -> list[str]:
         folded = ["RMSNorm gains folded into the linears that read them"] if self.fold_norms else []
-        return folded + [str(rotation) for rotation in self.rotations]
+        return folded + [str(transform) for transform in (*self.rotations, *self.scales)]
 
 
 def fit(transforms: tuple, adapter: Adapter, seed: int) -> FittedTransforms:
@@ -80,7 +83,16 @@ def fit(transforms: tuple, adapter: Adapter, seed: int) -> FittedTransforms:
     fold_norms = any(isinstance(t, FoldNorms) for t in transforms)
     if not fold_norms and any(r.space == "residual" for r in rotations):
         raise InputError("a rotation of the residual stream needs FoldNorms before it")
-    return FittedTransforms(adapter, fold_norms, tuple(rotations))
+    scales = tuple(t for t in transforms if isinstance(t, Scale))
+    fitted = FittedTransforms(adapter, fold_norms, tuple(rotations), scales)
+    for scale in scales:
+        rotated = fitted.input_transforms.keys() & set(adapter.spaces[scale.space].readers)
+        if rotated:
+            raise InputError(
+                f"a scale of {scale.space} cannot be fused behind the online rotation of "
+                f"{', '.join(sorted(rotated))}'s input: leave out one of the two"
+            )
+    return fitted
 
 
 def untie(model: nn.Module):

@@ -1,0 +1,148 @@
+"""Executor: transforms and rounds one block after another, on calibration activations.
+
+For each block: what is fused without data, then scales, fitted to full-precision activations; then
+its linears, stage by stage, on what their rounder asks for (`streams`, lowbit/streams.py):
+
+    nothing             RTN
+    "full"              inputs in full precision, of the block as it was
+    "rounded"           inputs from what is rounded already: blocks before, and with true_sequential
+                        stages before; GPTQ
+    both                the drift between them too: GPTAQ, Qronos. Holds a block twice
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowbit.formats import PackedTensor, QuantFormat
+from lowbit.ops import dequantize
+from lowbit.recipes import Recipe
+from lowbit.rounding import Statistics, quadratic_error, statistics_of
+from lowbit.rounding.grid import fake_quantize
+from lowbit.streams import Stream, check_finite
+from lowbit.transforms import FittedTransforms, hook_online
+
+Rounded = dict[str, tuple[PackedTensor, dict]]
+
+
+def needed_streams(recipe: Recipe, format: QuantFormat) -> set[str]:
+    """Which calibration activations a recipe takes."""
+    if format.weight is None:
+        return set()
+    return set(recipe.rounding.streams) | ({"full"} if recipe.scales else set())
+
+
+class Executor:
+    """`windows` int64 [samples, length], unused where needed_streams are none."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        fitted: FittedTransforms,
+        recipe: Recipe,
+        format: QuantFormat,
+        windows: Tensor | None,
+        say: Callable[[str], None],
+    ):
+        self.fitted, self.recipe, self.format, self.say = fitted, recipe, format, say
+        self.adapter, self.rounder = fitted.adapter, recipe.rounding
+        self.activation_clip, _ = recipe.clips(format)
+        needed = needed_streams(recipe, format)
+        stream = Stream(model, self.adapter, windows) if needed else None
+        self.full = stream if "full" in needed else None
+        self.rounded = stream if "rounded" in needed else None
+        if len(needed) == 2:
+            self.rounded = stream.fork()
+
+    def run(self, block: nn.Module, index: int) -> tuple[Rounded, dict]:
+        """linear -> (packed weight, report), and space -> report; the block's weights are released.
+
+        `block` is in fp32.
+        """
+        self.fitted.fuse_block(block)
+        if self.format.weight is None:
+            return {}, {}
+        handles = hook_online(block, self.fitted.input_transforms)
+        scales = {
+            scale.space: scale.fit_and_fuse(
+                block,
+                self.adapter.spaces[scale.space],
+                self.full,
+                self.format,
+                self.activation_clip,
+            )
+            for scale in self.fitted.scales
+        }
+        original = copy.deepcopy(block) if len(self.rounder.streams) == 2 else None
+        if self.rounder.quantized_inputs and self.format.activation is not None:
+            handles += self._hook_quantizers(block)
+        rounded = self._round(block, original, index)
+        if self.rounded:
+            self.rounded.advance(block)
+        for handle in handles:
+            handle.remove()
+        for name in self.adapter.linears:
+            block.get_submodule(name).weight = None
+        return rounded, scales
+
+    def _round(self, block: nn.Module, original: nn.Module | None, index: int) -> Rounded:
+        stages = self.adapter.stages
+        known = {}
+        if self.rounder.streams and not self.rounder.true_sequential:
+            known = {stage: self._statistics(block, original, stage[0], index) for stage in stages}
+        if self.full and original is None:
+            self.full.advance(block)  # while it is in full precision
+        results = {}
+        for stage in stages:
+            statistics = known.pop(stage, None)
+            if statistics is None and self.rounder.streams:
+                statistics = self._statistics(block, original, stage[0], index)
+            for name in stage:
+                linear = block.get_submodule(name)
+                results[name] = self._round_linear(linear, name, statistics, index)
+        if original is not None:
+            self.full.advance(original)
+        return results
+
+    def _statistics(
+        self, block: nn.Module, original: nn.Module | None, name: str, index: int
+    ) -> Statistics:
+        stream = self.rounded if "rounded" in self.rounder.streams else self.full
+        full = None if original is None else self.full.inputs(original, name)
+        statistics = statistics_of(stream.inputs(block, name), full)
+        check_finite(statistics.hessian, index)
+        return statistics
+
+    def _round_linear(
+        self, linear: nn.Linear, name: str, statistics: Statistics | None, index: int
+    ) -> tuple[PackedTensor, dict]:
+        rounder = self.rounder
+        if rounder.clip == "output" and name in self.adapter.scores:
+            rounder = replace(rounder, clip="none")  # AWQ's choice: what a score costs is not seen
+        packed, report = rounder.round(linear.weight, self.format.weight, statistics)
+        if "damp" in report and report["damp"] is None:
+            self.say(
+                f"warning: block {index}, {name}: no damping made its Hessian positive definite, "
+                "rounded to nearest"
+            )
+        rounded = dequantize(packed)
+        if statistics is not None:
+            lost = quadratic_error(linear.weight - rounded, statistics.hessian)
+            whole = quadratic_error(linear.weight, statistics.hessian)
+            report["relative_error"] = lost / whole if whole else 0.0  # all-zero weights
+        linear.weight.copy_(rounded)
+        return packed, report
+
+    def _hook_quantizers(self, block: nn.Module) -> list:
+        format, clip = self.format.activation, self.activation_clip
+
+        def quantized(_module, args):
+            return fake_quantize(args[0], format, clip), *args[1:]
+
+        return [
+            block.get_submodule(name).register_forward_pre_hook(quantized)
+            for name in self.adapter.linears
+        ]

@@ -1,0 +1,87 @@
+"""Streams: the calibration activations that enter a block, and what its modules see of them.
+
+Two of them, each kept only for who needs it, both fp32 and in the same batches:
+
+    rounded  from the blocks before as they were rounded: what the block will meet when it runs
+    full     from the blocks before in full precision: what it would have met
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowbit.errors import InputError
+from lowbit.models import Adapter
+
+TOKENS_AT_ONCE = 2048  # calibration tokens in one forward of a block
+
+
+class _StopForward(Exception):
+    """Raised by a hook once the input it was waiting for has been seen."""
+
+
+class Stream:
+    """Activations entering the current block, a list of fp32 [batch, length, hidden]."""
+
+    def __init__(self, model: PreTrainedModel, adapter: Adapter, windows: Tensor):
+        embed = model.get_input_embeddings()
+        batch = max(1, TOKENS_AT_ONCE // windows.shape[1])
+        self.hidden = [embed(part).float() for part in windows.to(model.device).split(batch)]
+        positions = torch.arange(windows.shape[1], device=model.device)[None]
+        rotary = model.get_submodule(adapter.rotary_path)
+        self._call = {
+            "position_embeddings": rotary(self.hidden[0], position_ids=positions),
+            "attention_mask": None,
+        }
+
+    def fork(self) -> "Stream":
+        """The same activations, to go other ways from here."""
+        other = copy.copy(self)
+        other.hidden = list(self.hidden)
+        return other
+
+    @property
+    def tokens(self) -> int:
+        return sum(h.shape[0] * h.shape[1] for h in self.hidden)
+
+    def forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        return block(hidden, **self._call)
+
+    def entering(self, block: nn.Module, name: str) -> Iterator[tuple[tuple, dict]]:
+        """(args, kwargs) of the module `name` of the block, batch by batch; forwards end there."""
+        seen = []
+
+        def keep(_module, args, kwargs):
+            seen.append((args, kwargs))
+            raise _StopForward
+
+        handle = block.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            for hidden in self.hidden:
+                with contextlib.suppress(_StopForward):
+                    self.forward(block, hidden)
+                yield seen.pop()
+        finally:
+            handle.remove()
+
+    def inputs(self, block: nn.Module, name: str) -> Iterator[Tensor]:
+        """What the linear `name` of the block reads, [tokens, K], batch by batch."""
+        for args, _ in self.entering(block, name):
+            yield args[0].flatten(0, -2)
+
+    def advance(self, block: nn.Module):
+        """From the block's input to its output, in place: never two blocks' activations."""
+        for i, hidden in enumerate(self.hidden):
+            self.hidden[i] = self.forward(block, hidden)
+
+
+def check_finite(statistics: Tensor, index: int):
+    """Refuse statistics that calibration activations made NaN or inf."""
+    if not statistics.isfinite().all():
+        raise InputError(
+            f"calibration activations must be finite, got NaN or inf entering block {index}"
+        )

@@ -1,0 +1,208 @@
+"""Scales: a number for each channel of a space, divided out of x and multiplied into its readers.
+
+    x W^T = (x / s) (W diag(s))^T
+
+Fused whole, into a norm's gain or the rows of a linear in front, and the columns of the readers. It
+moves range from activations to weights (SmoothQuant, OS+) or precision to the weights that large
+activations meet (AWQ). A fit proposes candidates; where there are several, that one is taken whose
+quantized readers change the output of Space.judge least, in full-precision activations.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.formats import IntFormat, QuantFormat
+from lowbit.models.spaces import Space
+from lowbit.rounding.grid import fake_quantize, on_grid, weight_grid
+from lowbit.streams import Stream
+
+LEAST = 1e-5  # of a scale, and of what it is computed from
+
+
+class Channels(NamedTuple):
+    """Of a space's channels, fp32 [dim * inner]: largest and mean |x|, largest |w| of a reader."""
+
+    largest: Tensor
+    mean: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """s = max|x|^alpha / max|w|^(1 - alpha): Xiao et al. 2023 (arXiv 2211.10438), equation 4."""
+
+    alpha: float = 0.5
+    tokens = 0  # nothing is tried out
+
+    def candidates(self, channels: Channels) -> Iterator[Tensor]:
+        largest, weight = channels.largest.clamp(min=LEAST), channels.weight.clamp(min=LEAST)
+        yield largest**self.alpha / weight ** (1 - self.alpha)
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """s = mean|x|^r, its extremes made reciprocal; the best r of `steps` in [0, 1).
+
+    Lin et al. 2024 (arXiv 2306.00978), section 3.2; normalized as in the authors' code.
+    """
+
+    steps: int = 20
+    tokens: int = 8192  # of calibration, that candidates are tried out on
+
+    def candidates(self, channels: Channels) -> Iterator[Tensor]:
+        for step in range(self.steps):
+            scale = channels.mean.clamp(min=LEAST) ** (step / self.steps)
+            yield scale / (scale.amax() * scale.amin()).sqrt()
+
+
+@dataclass(frozen=True)
+class OutlierSuppressionPlus:
+    """s = max(1, max|x| / t): channels within t stay as they are; the best of `steps` t.
+
+    Wei et al. 2023 (arXiv 2304.09145), section 4.2; t goes from the largest |x| down to 1. The
+    shift of the paper needs biases to absorb it, which RMSNorm models lack.
+    """
+
+    steps: int = 100
+    tokens: int = 512
+
+    def candidates(self, channels: Channels) -> Iterator[Tensor]:
+        top = max(channels.largest.max().item(), 1.0)
+        for step in range(self.steps):
+            threshold = top - (top - 1) * step / self.steps
+            yield (channels.largest / threshold).clamp(min=1.0)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Scales the channels of `space`, fitted to each block."""
+
+    space: str
+    fit: SmoothQuant | AWQ | OutlierSuppressionPlus
+
+    def fit_and_fuse(
+        self, block: nn.Module, space: Space, stream: Stream, format: QuantFormat, clip: float
+    ) -> dict:
+        """Fit to full-precision activations entering the block, and fuse; what was found."""
+        channels = channels_of(block, space, stream)
+        candidates = list(self.fit.candidates(channels))
+        report = {}
+        if len(candidates) > 1:
+            trial = _Trial(block, space, stream, format, clip, self.fit.tokens)
+            errors = [trial.error(scale) for scale in candidates]
+            best = min(range(len(errors)), key=lambda i: (math.isnan(errors[i]), errors[i]))
+            report = {"candidate": best, "error": errors[best]}
+            candidates = [candidates[best]]
+        fuse_scale(block, space, candidates[0].clamp(min=LEAST))
+        return report
+
+    def __str__(self) -> str:
+        return f"{self.space}: scaled by {self.fit}"
+
+
+def channels_of(block: nn.Module, space: Space, stream: Stream) -> Channels:
+    """Statistics of the space's channels over the whole stream."""
+    largest = total = 0
+    for x in stream.inputs(block, space.readers[0]):
+        x = x.abs()
+        largest = torch.maximum(x.amax(0), torch.as_tensor(largest, device=x.device))
+        total = total + x.sum(0)
+    mean = total / stream.tokens
+    weights = [block.get_submodule(name).weight.abs().amax(0) for name in space.readers]
+    weight = torch.stack(weights).amax(0)
+    # A channel that stands in several columns has the largest and the mean of all.
+    shape = (space.dim, space.repeat, space.inner)
+    return Channels(
+        largest.view(shape).amax(1).flatten(),
+        mean.view(shape).mean(1).flatten(),
+        weight.view(shape).amax(1).flatten(),
+    )
+
+
+def reader_columns(scale: Tensor, space: Space) -> Tensor:
+    """scale [dim * inner] as the columns of a reader have it, [dim * repeat * inner]."""
+    parts = scale.view(space.dim, 1, space.inner)
+    return parts.expand(-1, space.repeat, -1).flatten()
+
+
+@torch.no_grad()
+def fuse_scale(block: nn.Module, space: Space, scale: Tensor):
+    """Divide the space's channels by `scale` [dim * inner]; in fp64, in place."""
+    scale = scale.double()
+    for name in space.scale_writers:
+        module = block.get_submodule(name)
+        for tensor in (module.weight, getattr(module, "bias", None)):
+            if tensor is not None:
+                rows = scale.view(-1, *(1,) * (tensor.dim() - 1))
+                tensor.copy_(tensor.double() / rows)
+    columns = reader_columns(scale, space)
+    for name in space.readers:
+        weight = block.get_submodule(name).weight
+        weight.copy_(weight.double() * columns)
+
+
+class _Trial:
+    """What quantizing the readers of a space costs at the output of its judge."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        space: Space,
+        stream: Stream,
+        format: QuantFormat,
+        clip: float,
+        tokens: int,
+    ):
+        self.space, self.format, self.clip = space, format, clip
+        self.judge = block.get_submodule(space.judge)
+        self.readers = [block.get_submodule(name) for name in space.readers]
+        self.calls, seen = [], 0
+        for call in stream.entering(block, space.judge):
+            self.calls.append(call)
+            seen += stream.hidden[0].shape[0] * stream.hidden[0].shape[1]
+            if seen >= tokens:
+                break
+        self.expected = [self._output(call) for call in self.calls]
+        self.power = sum(y.double().square().sum().item() for y in self.expected)
+
+    def _output(self, call: tuple[tuple, dict]) -> Tensor:
+        args, kwargs = call
+        output = self.judge(*args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def error(self, scale: Tensor) -> float:
+        """Relative squared error with this scale [dim * inner]."""
+        columns = reader_columns(scale.clamp(min=LEAST), self.space)
+        kept = [reader.weight.data for reader in self.readers]
+        handles = []
+        for reader in self.readers:
+            reader.weight.data = _rounded(reader.weight * columns, self.format.weight)
+            handles.append(reader.register_forward_pre_hook(self._hook(columns)))
+        lost = 0.0
+        for call, expected in zip(self.calls, self.expected, strict=True):
+            lost += (self._output(call) - expected).double().square().sum().item()
+        for handle in handles:
+            handle.remove()
+        for reader, weight in zip(self.readers, kept, strict=True):
+            reader.weight.data = weight
+        return lost / self.power if self.power else 0.0
+
+    def _hook(self, columns: Tensor):
+        def scaled(_module, args):
+            x = args[0] / columns
+            if self.format.activation is not None:
+                x = fake_quantize(x, self.format.activation, self.clip)
+            return x, *args[1:]
+
+        return scaled
+
+
+def _rounded(weight: Tensor, format: IntFormat) -> Tensor:
+    grid = weight_grid(weight, format)
+    return on_grid(weight, grid.step, grid.zero_point, format)
