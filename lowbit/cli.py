@@ -1,4 +1,4 @@
-"""The command line: lowbit quantize | eval | generate | table | plot | bench | doctor | demo.
+"""The command line, `lowbit COMMAND`: parser() has them all.
 
 A user's mistake is one line on stderr and exit code 2. With --json, stdout carries one object and
 nothing else; progress goes to stderr.
@@ -21,7 +21,7 @@ from lowbit.errors import InputError
 from lowbit.evaluate.perplexity import WINDOW
 from lowbit.models.source import PACKAGED
 from lowbit.ops.dispatch import BACKENDS, NoBackendError
-from lowbit.recipes import RECIPES, Calibration
+from lowbit.recipes import RECIPES
 
 USER_ERROR, INTERRUPTED = 2, 130
 MODEL_HELP = f"a local folder, a hub name (owner/name) or {PACKAGED}"
@@ -63,6 +63,7 @@ def parser() -> Parser:
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--recipe", default="quarot", help=f"one of {', '.join(RECIPES)}")
     p.add_argument("--format", default="w4a4kv4", help="e.g. w4a4kv4, w4a8kv4, w8a8, w4a16g128")
+    _set_option(p)
     p.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write")
     p.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder")
     _calibration_options(p)
@@ -91,9 +92,16 @@ def parser() -> Parser:
     p.add_argument("model", metavar="MODEL", nargs="?", default=PACKAGED, help=MODEL_HELP)
     p.add_argument("--recipe", nargs="+", default=["rtn", "quarot-rtn", "quarot"])
     p.add_argument("--format", nargs="+", default=["w4a4kv4", "w4a8kv4"])
-    _text_options(p, limit=10)
+    p.add_argument(
+        "--kind", nargs="+", choices=("packed", "fake"), default=["packed", "fake"], help="of model"
+    )
+    _set_option(p)
+    _text_options(p, limit=10, several=True)
     _calibration_options(p)
     _model_options(p, dtype=False)
+
+    p = command("recipes", commands.run_recipes, "The methods, and what each reproduces.")
+    p.add_argument("recipe", metavar="RECIPE", nargs="*", help="to show whole (default: list all)")
 
     p = command("plot", commands.run_plot, "Draw a block's input activations before and after.")
     p.add_argument("model", metavar="MODEL", nargs="?", default=PACKAGED, help=MODEL_HELP)
@@ -134,8 +142,23 @@ def _model_options(p: Parser, dtype: bool = True):
     )
 
 
-def _text_options(p: Parser, limit: int | None = None):
-    p.add_argument("--text", metavar="FILE", help="UTF-8 text (default: the Python manual)")
+def _set_option(p: Parser):
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change the recipe, e.g. rounding.damp=0.05 (fields: lowbit recipes NAME)",
+    )
+
+
+def _text_options(p: Parser, limit: int | None = None, several: bool = False):
+    p.add_argument(
+        "--text",
+        metavar="FILE",
+        nargs="+" if several else None,
+        help="UTF-8 text (default: the Python manual)",
+    )
     p.add_argument(
         "--window", type=int, default=WINDOW, metavar="N", help=f"tokens (default: {WINDOW})"
     )
@@ -149,21 +172,18 @@ def _text_options(p: Parser, limit: int | None = None):
 
 
 def _calibration_options(p: Parser):
-    default = Calibration()
     p.add_argument("--calibration", metavar="FILE", help="text (default: the Python manual)")
     p.add_argument(
         "--samples",
         type=int,
-        default=default.samples,
         metavar="N",
-        help=f"calibration windows (default: {default.samples})",
+        help="calibration windows (default: the recipe's; of a table: 128)",
     )
     p.add_argument(
         "--length",
         type=int,
-        default=default.length,
         metavar="N",
-        help=f"tokens in each (default: {default.length})",
+        help="tokens in each (default: the recipe's; of a table: 2048)",
     )
     p.add_argument("--seed", type=int, default=0, help="of rotations and calibration windows")
 

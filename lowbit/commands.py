@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from lowbit import checkpoint, doctor
 from lowbit.errors import InputError
-from lowbit.evaluate import plot, table
+from lowbit.evaluate import plot, published, table
 from lowbit.evaluate.fake_quant import to_fake
 from lowbit.evaluate.perplexity import perplexity
 from lowbit.evaluate.size import Size, folder_bytes, size_of
@@ -21,7 +21,7 @@ from lowbit.files import check_target
 from lowbit.formats import QuantFormat
 from lowbit.models.source import load_source, open_source, quant_method
 from lowbit.quantize import quantize, sample_windows
-from lowbit.recipes import Calibration, recipe_named
+from lowbit.recipes import RECIPES, Calibration, overridden, recipe_named, settings_of
 
 Result = tuple[dict, str]
 MANUAL = "the Python manual"  # pydoc_data.topics, where no --text is given
@@ -60,8 +60,8 @@ def open_model(args):
 
 
 def run_quantize(args) -> Result:
-    recipe, format = recipe_named(args.recipe), QuantFormat.parse(args.format)
-    recipe = replace(recipe, calibration=Calibration(args.samples, args.length))
+    recipe, format = overridden(recipe_named(args.recipe), args.set), QuantFormat.parse(args.format)
+    recipe = replace(recipe, calibration=_calibration(args, recipe.calibration))
     check_target(args.output, args.overwrite)  # before minutes of work, and again before renaming
     text = read_text(args.calibration) if args.calibration else None
     source, tokenizer = open_source(
@@ -83,6 +83,11 @@ def run_quantize(args) -> Result:
     }
     text = f"{args.model}: {recipe.name}, {format}, {seconds:.0f} s, saved in {args.output}"
     return result, "\n".join([text, *transforms_text(model), size_text(size, on_disk)])
+
+
+def _calibration(args, default: Calibration) -> Calibration:
+    """--samples and --length, each as in `default` where it is not given."""
+    return Calibration(args.samples or default.samples, args.length or default.length)
 
 
 def transforms_text(model) -> list[str]:
@@ -216,11 +221,40 @@ def run_generate(args) -> Result:
     return result, completion if args.chat else args.prompt + completion
 
 
+def run_recipes(args) -> Result:
+    names = args.recipe or RECIPES
+    found = [published.summary(recipe_named(name)) for name in names]
+    for entry, name in zip(found, names, strict=True):
+        entry["fields"] = settings_of(recipe_named(name))
+    return {"recipes": found}, "\n".join(recipe_text(entry, bool(args.recipe)) for entry in found)
+
+
+def recipe_text(entry: dict, whole: bool) -> str:
+    """One line for people; with `whole`, its fields and what it stands for too."""
+    of = f"{entry['cells']} published cells" if entry["cells"] else "in no published table"
+    line = f"{entry['name']:<16} {entry['summary']} ({of})"
+    if not whole:
+        return line
+    fields = [f"  {path} = {value!r}" for path, value in entry["fields"].items()]
+    rows = ", ".join(entry["reproduces"]) or "-"
+    return "\n".join(
+        [
+            line,
+            f"  source: {entry['source']}",
+            f"  reproduces: {rows}",
+            f"  at: {', '.join(entry['settings']) or '-'}",
+            f"  of: {', '.join(entry['models']) or '-'}",
+            "  fields, for --set:",
+            *("  " + field for field in fields),
+        ]
+    )
+
+
 def run_table(args) -> Result:
-    for name in args.recipe:
-        recipe_named(name)
+    recipes = [overridden(recipe_named(name), args.set) for name in args.recipe]
     formats = [QuantFormat.parse(name).name for name in args.format]
-    text = read_text(args.text) if args.text else manual_text("evaluation")
+    texts = {Path(path).name: read_text(path) for path in args.text or ()}
+    texts = texts or {MANUAL: manual_text("evaluation")}
 
     def load_model():
         model, _ = load_source(args.model, torch.float32, args.trust_remote_code)
@@ -229,14 +263,22 @@ def run_table(args) -> Result:
     _, tokenizer = load_source(args.model, torch.float32, args.trust_remote_code)
     calibration = read_text(args.calibration) if args.calibration else manual_text("calibration")
     windows = sample_windows(
-        tokenize(tokenizer, calibration), Calibration(args.samples, args.length), args.seed
+        tokenize(tokenizer, calibration), _calibration(args, Calibration()), args.seed
     )
-    tokens = tokenize(tokenizer, text)
-    full, rows = table.table(
-        load_model, tokens, args.recipe, formats, args.window, args.limit, windows, args.seed
+    protocol = table.Protocol(
+        {name: tokenize(tokenizer, text) for name, text in texts.items()},
+        args.window,
+        args.limit,
+        tuple(args.kind),
     )
-    result = {"model": args.model, "text": args.text or MANUAL, **table.as_json(full, rows)}
-    return result, table.markdown(full, rows)
+    full, rows = table.table(load_model, protocol, recipes, formats, windows, args.seed, _tell)
+    return {"model": args.model, **table.as_json(full, rows)}, table.markdown(full, rows)
+
+
+def _tell(row: table.Row):
+    """A row as soon as there is one: a table takes hours, and may not come to its end."""
+    found = ", ".join(f"{name} {result.measured:.3f}" for name, result in row.texts.items())
+    print(f"{row.recipe} {row.format}: {found}; {row.cost.seconds:.0f} s", file=sys.stderr)
 
 
 def run_plot(args) -> Result:

@@ -7,14 +7,14 @@ from dataclasses import asdict
 import torch
 
 from lowbit import checkpoint
-from lowbit.commands import generate_text, size_text, transforms_text
-from lowbit.evaluate.perplexity import WINDOW, perplexity
+from lowbit.commands import MANUAL, generate_text, size_text, transforms_text
+from lowbit.evaluate.perplexity import WINDOW
 from lowbit.evaluate.size import folder_bytes, size_of
-from lowbit.evaluate.table import as_json, markdown, measure
+from lowbit.evaluate.table import Protocol, as_json, markdown, quantize_at_cost, row_of
 from lowbit.evaluate.text import manual_text, tokenize
 from lowbit.files import CONFIG_FILE, check_target
 from lowbit.models.source import PACKAGED, load_source
-from lowbit.quantize import quantize, sample_windows
+from lowbit.quantize import sample_windows
 from lowbit.recipes import Calibration
 
 FORMAT = "w4a4kv4"
@@ -36,13 +36,14 @@ def run(args: Namespace) -> tuple[dict, str]:
     model, tokenizer = load_source(PACKAGED, torch.float32)
     tokens = tokenize(tokenizer, manual_text("evaluation"))
     calibration = sample_windows(tokenize(tokenizer, manual_text("calibration")), CALIBRATION, SEED)
-    full = perplexity(model, tokens, WINDOW, args.limit, progress="full precision")
+    protocol = Protocol({MANUAL: tokens}, WINDOW, args.limit)
+    full = protocol.measure(model, "full precision")
 
     rows = []
     for recipe in RECIPES:
         say(f"quantize: {recipe}, {FORMAT}")
         model, _ = load_source(PACKAGED, torch.float32)
-        model = quantize(model, recipe, FORMAT, calibration=calibration, seed=SEED)
+        model, cost = quantize_at_cost(model, recipe, FORMAT, calibration, SEED)
         if recipe == RECIPES[-1]:
             say(f"save to {args.output}, load it packed")
             checkpoint.save(model, args.output, tokenizer, overwrite=True)
@@ -52,7 +53,7 @@ def run(args: Namespace) -> tuple[dict, str]:
             say(f"generate with {recipe}, {FORMAT}")
             completion, _ = generate_text(model, tokenizer, PROMPT, NEW_TOKENS)
         say(f"perplexity of {recipe}, {FORMAT}: packed, then its simulation")
-        rows.append(measure(model, full, tokens, WINDOW, args.limit))
+        rows.append(row_of(model, cost, full, protocol))
 
     result = {
         "model": PACKAGED,
@@ -62,12 +63,12 @@ def run(args: Namespace) -> tuple[dict, str]:
         "prompt": PROMPT,
         "completion": completion,
     }
-    windows = f"{len(full.window_nll)} windows of {WINDOW} tokens of the Python manual"
+    windows = f"{len(full[MANUAL].window_nll)} windows of {WINDOW} tokens of the Python manual"
     text = "\n".join(
         [
             "",
-            f"Perplexity of {PACKAGED} on {windows}; fake is the simulation papers report,",
-            "packed is what runs:",
+            f"Perplexity of {PACKAGED} on {windows}; packed is what runs,",
+            "fake the simulation papers report:",
             "",
             markdown(full, rows),
             "",

@@ -11,6 +11,7 @@ from lowbit.ops import dequantize, quantize
 from lowbit.rounding import (
     GPTAQ,
     GPTQ,
+    HQQ,
     RTN,
     Qronos,
     Statistics,
@@ -244,3 +245,31 @@ def test_output_clip_loses_least_at_the_output_of_each_group(weight, format):
     )
     best, whole = (y.double().square().sum(-1) for y in (best, whole))  # [G, N]
     assert (best <= whole * (1 + 1e-5)).all() and best.sum() < 0.99 * whole.sum()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_hqq_lowers_the_robust_error_of_every_group(format):
+    """Heavy tails: what the p-norm is robust to."""
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(6)) ** 3 * 0.05
+    errors = []
+    for rounder in (HQQ(), RTN()):
+        packed, _ = rounder.round(weight, format)
+        error = (dequantize(packed) - weight).abs().double() ** 0.7
+        errors.append(error.unflatten(1, (format.num_groups(128), -1)).sum(-1))
+    assert (errors[0] <= errors[1] * (1 + 1e-6)).all()
+    # symmetric grids have no zero point to move, only a scale
+    assert errors[0].sum() < (1 if format.symmetric else 0.99) * errors[1].sum()
+
+
+def test_hqq_edge_rows():
+    weight = torch.zeros(4, 64)
+    weight[1] = 3.0
+    weight[2, 5] = 1e30
+    for format in (IntFormat(4, False, 32), IntFormat(4)):
+        packed, _ = HQQ().round(weight, format)
+        got = dequantize(packed)
+        assert got.isfinite().all() and (got[0] == 0).all()
+    with pytest.raises(InputError, match="two-level scales share one"):
+        HQQ().round(weight, IntFormat(4, True, 32, two_level=True))
+    with pytest.raises(InputError, match=r"p must be in \(0, 1\), got 1"):
+        HQQ(p=1)

@@ -1,90 +1,171 @@
-"""Perplexity of recipes x formats, the fake-quantized model and the packed one side by side."""
+"""Perplexity of recipes x formats on several texts, the fake-quantized model and the packed one."""
 
+import time
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lowbit.evaluate.fake_quant import to_fake
+from lowbit.evaluate.memory import peak_memory
 from lowbit.evaluate.perplexity import Perplexity, paired_standard_error, perplexity
 from lowbit.quantize import quantize
+from lowbit.recipes import Recipe
+
+Texts = dict[str, Tensor]  # name -> token ids
+Found = dict[str, Perplexity]  # name of a text -> perplexity on its windows
+
+
+@dataclass(frozen=True)
+class Result:
+    """On one text. `fake` and `packed` are perplexities on the same windows (None: not asked for);
+    `difference` is packed / fake - 1; `log_ratio_error` the paired standard error of
+    log(measured / full), where measured is packed, or fake where there is no packed."""
+
+    packed: float | None
+    fake: float | None
+    difference: float | None
+    log_ratio_error: float
+
+    @property
+    def measured(self) -> float:
+        return self.fake if self.packed is None else self.packed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of quantizing; peak_bytes None where it cannot be measured."""
+
+    seconds: float
+    peak_bytes: int | None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `fake` and `packed` are perplexities on the same windows; `difference` is
-    packed / fake - 1; `log_ratio_error` the paired standard error of log(packed / full)."""
+    """texts: name -> Result."""
 
     recipe: str
     format: str
-    fake: float
-    packed: float
-    difference: float
-    log_ratio_error: float
+    texts: dict[str, Result]
+    cost: Cost
 
 
-def full_precision(load_model, tokens: Tensor, window: int, limit: int | None) -> Perplexity:
+@dataclass(frozen=True)
+class Protocol:
+    """What every row is measured on, and as what: "packed", "fake" or both."""
+
+    texts: Texts
+    window: int
+    limit: int | None
+    kinds: tuple[str, ...] = ("packed", "fake")
+
+    def measure(self, model, label: str) -> Found:
+        return {
+            name: perplexity(model, tokens, self.window, self.limit, f"{label} {name}")
+            for name, tokens in self.texts.items()
+        }
+
+
+def full_precision(load_model, protocol: Protocol) -> Found:
     """Perplexity of the model as it comes from `load_model()`."""
-    return perplexity(load_model(), tokens, window, limit, "full precision")
+    return protocol.measure(load_model(), "full precision")
 
 
-def measure(model, full: Perplexity, tokens: Tensor, window: int, limit: int | None) -> Row:
-    """The row of one packed model, which is turned into its fake twin on the way (consumed)."""
-    config = model.lowbit_config
-    label = f"{config.recipe} {config.format}"
-    packed = perplexity(model, tokens, window, limit, f"{label} packed")
-    fake = perplexity(to_fake(model), tokens, window, limit, f"{label} fake")
-    return Row(
-        recipe=config.recipe,
-        format=config.format.name,
-        fake=fake.perplexity,
-        packed=packed.perplexity,
-        difference=packed.perplexity / fake.perplexity - 1,
-        log_ratio_error=paired_standard_error(packed, full),
+def _result(packed: Perplexity | None, fake: Perplexity | None, full: Perplexity) -> Result:
+    return Result(
+        packed=packed and packed.perplexity,
+        fake=fake and fake.perplexity,
+        difference=packed.perplexity / fake.perplexity - 1 if packed and fake else None,
+        log_ratio_error=paired_standard_error(packed or fake, full),
     )
 
 
 def table(
     load_model,
-    tokens: Tensor,
-    recipes: list[str],
+    protocol: Protocol,
+    recipes: list[Recipe],
     formats: list[str],
-    window: int,
-    limit: int | None,
     calibration: Tensor | None,
     seed: int = 0,
-) -> tuple[Perplexity, list[Row]]:
-    """Every recipe at every format; `load_model()` returns a fresh full-precision model."""
-    full = full_precision(load_model, tokens, window, limit)
+    each=lambda row: None,
+) -> tuple[Found, list[Row]]:
+    """Every recipe at every format; `load_model()` returns a fresh full-precision model, `each` is
+    called with every row as it is done."""
+    full = full_precision(load_model, protocol)
     rows = []
     for format in formats:
         for recipe in recipes:
-            model = quantize(load_model(), recipe, format, calibration=calibration, seed=seed)
-            rows.append(measure(model.to(torch.float32), full, tokens, window, limit))
+            model, cost = quantize_at_cost(load_model(), recipe, format, calibration, seed)
+            rows.append(row_of(model.to(torch.float32), cost, full, protocol))
+            each(rows[-1])
     return full, rows
 
 
-def markdown(full: Perplexity, rows: list[Row]) -> str:
-    """The table as it stands in the README."""
+def quantize_at_cost(
+    model, recipe: Recipe | str, format: str, calibration: Tensor | None, seed: int
+) -> tuple[PreTrainedModel, Cost]:
+    """The quantized model, and what quantizing it took."""
+    start = time.perf_counter()
+    with peak_memory(model.device) as peak:
+        model = quantize(model, recipe, format, calibration=calibration, seed=seed)
+    return model, Cost(time.perf_counter() - start, peak.bytes)
+
+
+def row_of(model, cost: Cost, full: Found, protocol: Protocol) -> Row:
+    """The row of one packed model, which is turned into its fake twin on the way (consumed)."""
+    config = model.lowbit_config
+    label = f"{config.recipe} {config.format}"
+    packed = fake = dict.fromkeys(protocol.texts)
+    if "packed" in protocol.kinds:
+        packed = protocol.measure(model, f"{label} packed")
+    if "fake" in protocol.kinds:
+        fake = protocol.measure(to_fake(model), f"{label} fake")
+    results = {name: _result(packed[name], fake[name], full[name]) for name in protocol.texts}
+    return Row(config.recipe, config.format.name, results, cost)
+
+
+def markdown(full: Found, rows: list[Row]) -> str:
+    """The table as it stands in the README: three columns a text."""
+    kinds = ("ppl", "packed / fake - 1", "log(ppl / full)")
+    columns = [f"{name}: {kind}" for name in full for kind in kinds]
     lines = [
-        "| recipe | format | fake | packed | packed / fake - 1 | log(packed / full) |",
-        "|---|---|---|---|---|---|",
-        f"| full precision | fp32 | {full.perplexity:.2f} | | | |",
+        " | ".join(["| recipe", "format", *columns, "seconds", "peak GB |"]),
+        "|---" * (len(columns) + 4) + "|",
+        _line(["full precision", "fp32"], [[f"{p.perplexity:.2f}", "", ""] for p in full.values()]),
     ]
     for row in rows:
-        ratio = torch.tensor(row.packed / full.perplexity).log().item()
-        lines.append(
-            f"| {row.recipe} | {row.format} | {row.fake:.2f} | {row.packed:.2f} "
-            f"| {100 * row.difference:+.3f} % | {ratio:.3f} +- {row.log_ratio_error:.3f} |"
-        )
+        cells = [_cells(row.texts[name], full[name]) for name in full]
+        peak = "-" if row.cost.peak_bytes is None else f"{row.cost.peak_bytes / 1e9:.2f}"
+        lines.append(_line([row.recipe, row.format], cells, f"{row.cost.seconds:.0f}", peak))
     return "\n".join(lines)
 
 
-def as_json(full: Perplexity, rows: list[Row]) -> dict:
+def _line(names: list[str], cells: list[list[str]], seconds: str = "", peak: str = "") -> str:
+    flat = [cell for of_text in cells for cell in of_text]
+    return "| " + " | ".join([*names, *flat, seconds, peak]) + " |"
+
+
+def _cells(result: Result, full: Perplexity) -> list[str]:
+    ratio = torch.tensor(result.measured / full.perplexity).log().item()
+    return [
+        f"{result.measured:.2f}",
+        "" if result.difference is None else f"{100 * result.difference:+.3f} %",
+        f"{ratio:.3f} +- {result.log_ratio_error:.3f}",
+    ]
+
+
+def as_json(full: Found, rows: list[Row]) -> dict:
     """The same numbers, for `--json`."""
     return {
-        "full_precision": {"perplexity": full.perplexity, "standard_error": full.standard_error},
-        "window": full.window,
-        "windows": len(full.window_nll),
+        "full_precision": {
+            name: {
+                "perplexity": found.perplexity,
+                "standard_error": found.standard_error,
+                "window": found.window,
+                "windows": len(found.window_nll),
+            }
+            for name, found in full.items()
+        },
         "rows": [asdict(row) for row in rows],
     }

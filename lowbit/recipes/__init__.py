@@ -4,7 +4,7 @@ import difflib
 
 from lowbit.errors import InputError
 from lowbit.recipes import plain, quarot, scales
-from lowbit.recipes.recipe import Calibration, Recipe, overridden
+from lowbit.recipes.recipe import Calibration, Recipe, overridden, settings_of
 
 RECIPES = {
     recipe.name: recipe
@@ -25,4 +25,4 @@ def recipe_named(name: str) -> Recipe:
     return RECIPES[name]
 
 
-__all__ = ["RECIPES", "Calibration", "Recipe", "overridden", "recipe_named"]
+__all__ = ["RECIPES", "Calibration", "Recipe", "overridden", "recipe_named", "settings_of"]

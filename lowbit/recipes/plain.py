@@ -3,6 +3,7 @@
 from lowbit.recipes.recipe import Recipe
 from lowbit.rounding import GPTAQ as GPTAQRounder
 from lowbit.rounding import GPTQ as GPTQRounder
+from lowbit.rounding import HQQ as HQQRounder
 from lowbit.rounding import RTN as RTNRounder
 from lowbit.rounding import Qronos as QronosRounder
 
@@ -12,6 +13,14 @@ RTN = Recipe(
     source="no transform, no calibration",
     rounding=RTNRounder(),
     reproduces=tuple((source, "RTN") for source in ("000", "001", "002", "003", "004")),
+)
+
+HQQ = Recipe(
+    name="hqq",
+    summary="grids fitted to a robust norm of the weights' error, no calibration",
+    source="Badri and Shaji 2023, mobiusml.github.io/hqq_blog",
+    rounding=HQQRounder(),
+    reproduces=(("003", "HQQ"),),
 )
 
 GPTQ = Recipe(

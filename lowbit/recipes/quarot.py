@@ -24,7 +24,7 @@ QUAROT = Recipe(
     source="arXiv 2404.00456",
     rounding=GPTQ(),
     transforms=ROTATIONS,
-    reproduces=tuple((source, "QuaRot") for source in ("000", "001", "002")),
+    reproduces=(("000", "QuaRot", "GPTQ"), ("001", "QuaRot"), ("002", "QuaRot")),
     **CLIPS,
 )
 
@@ -34,7 +34,7 @@ QUAROT_RTN = Recipe(
     source="arXiv 2404.00456 (the RTN rows)",
     rounding=RTN(clip="weight"),
     transforms=ROTATIONS,
-    reproduces=(("000", "QuaRot"), ("001", "QuaRot*"), ("002", "QuaRot*")),
+    reproduces=(("000", "QuaRot", "RTN"), ("001", "QuaRot*"), ("002", "QuaRot*")),
     **CLIPS,
 )
 

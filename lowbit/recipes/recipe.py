@@ -21,7 +21,8 @@ class Calibration:
 class Recipe:
     """Transforms in order, how weights are rounded, clip ratios of the dynamic quantizers.
 
-    reproduces  (source, method): the rows of lowbit/data/published_tables.csv it stands for
+    reproduces  (source, method) or (source, method, weight_method): the rows it stands for of
+                lowbit/data/published_tables.csv
     The clips map a bit width to a ratio; widths not named keep the whole range (1.0).
     """
 
@@ -33,7 +34,7 @@ class Recipe:
     activation_clip: dict[int, float] = field(default_factory=dict)
     kv_clip: dict[int, float] = field(default_factory=dict)
     calibration: Calibration = Calibration()
-    reproduces: tuple[tuple[str, str], ...] = ()
+    reproduces: tuple[tuple[str, ...], ...] = ()
 
     def clips(self, format: QuantFormat) -> tuple[float, float]:
         """(activation clip, KV clip) for a format."""
@@ -61,6 +62,19 @@ def overridden(recipe: Recipe, settings: list[str]) -> Recipe:
             raise InputError(f"--set must be FIELD=VALUE, got {setting!r}")
         recipe = _changed(recipe, path.strip().split("."), _value(text.strip()), setting)
     return recipe
+
+
+def settings_of(recipe: Recipe) -> dict:
+    """Every field that `overridden` changes, by its path."""
+
+    def leaves(owner, path: str):
+        children = _children(owner)
+        if not children and not isinstance(owner, dict | tuple):
+            yield path, owner
+        for name, child in children.items():
+            yield from leaves(child, f"{path}.{name}" if path else name)
+
+    return dict(leaves(recipe, ""))
 
 
 def _value(text: str):

@@ -1,6 +1,7 @@
 """Rounders: weights and statistics in, codes out."""
 
 from lowbit.rounding.gptq import GPTAQ, GPTQ, Qronos
+from lowbit.rounding.hqq import HQQ
 from lowbit.rounding.rtn import RTN
 from lowbit.rounding.statistics import (
     Statistics,
@@ -9,11 +10,12 @@ from lowbit.rounding.statistics import (
     statistics_of,
 )
 
-Rounder = RTN | GPTQ  # GPTAQ and Qronos are GPTQs
+Rounder = RTN | HQQ | GPTQ  # GPTAQ and Qronos are GPTQs
 
 __all__ = [
     "GPTAQ",
     "GPTQ",
+    "HQQ",
     "RTN",
     "Qronos",
     "Rounder",
