@@ -11,6 +11,7 @@
 
 #include "common/launch.h"
 #include "common/quantizer.cuh"
+#include "common/row_codes.h"
 
 namespace lowbit {
 namespace {
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(Tile::kThreads* Tile::kRows)
 
 struct QuantizeArguments {
   const Tensor& x;
-  Tensor &codes, &scales, &zero_points;
+  RowCodes& out;
   int64_t rows;
   int length;
   IntGrid grid;
@@ -83,8 +84,9 @@ void launch_quantize(const QuantizeArguments& a) {
   const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(a.rows, Tile::kRows));
   launch({"quantize", text("rows=", a.rows, " length=", a.length), device_of(a.x), dim3(blocks),
           Tile::kThreads * Tile::kRows, Tile::kSmemBytes},
-         &quantize_kernel<T, Tile>, pointer<const T>(a.x), pointer<uint8_t>(a.codes),
-         pointer<void>(a.scales), pointer<uint8_t>(a.zero_points), a.rows, a.length, a.grid);
+         &quantize_kernel<T, Tile>, pointer<const T>(a.x), pointer<uint8_t>(a.out.codes),
+         pointer<void>(a.out.scales), pointer<uint8_t>(a.out.zero_points), a.rows, a.length,
+         a.grid);
 }
 
 // Applies `visit` to the tiles in ascending order of the rows they hold.
@@ -110,18 +112,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, int64_t bits, int64
   check_tensor("quantize", "x", x, x.scalar_type(), x.numel(), device_of(x));
   check(length % kVector == 0, text("quantize: groups must be whole vectors of ", kVector));
 
-  std::vector<int64_t> code_shape(shape.begin(), shape.end()), scale_shape = code_shape;
-  const IntGrid grid = int_grid(bits, symmetric, clip, packed, scale_dtype == ScalarType::Half);
-  code_shape.back() = grid.packed ? K / 2 : K;
-  scale_shape.back() = K / length;
-  const auto code_dtype = symmetric && !packed ? ScalarType::Char : ScalarType::Byte;
-  Tensor codes = new_empty(x, code_shape, code_dtype);
-  Tensor scales = new_empty(x, scale_shape, scale_dtype);
-  Tensor zero_points =
-      new_empty(x, symmetric ? std::vector<int64_t>{0} : scale_shape, ScalarType::Byte);
-
-  const QuantizeArguments arguments{x,   codes, scales, zero_points, rows, static_cast<int>(length),
-                                    grid};
+  RowCodes out = new_row_codes(x, bits, symmetric, packed, length, scale_dtype);
+  const QuantizeArguments arguments{
+      x, out, rows, static_cast<int>(length),
+      int_grid(bits, symmetric, clip, packed, scale_dtype == ScalarType::Half)};
   switch (x.scalar_type()) {
     case ScalarType::Float:
       quantize_of<float>(arguments);
@@ -135,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, int64_t bits, int64
     default:
       check(false, "quantize: x must be fp32, fp16 or bf16");
   }
-  return {codes, scales, zero_points};
+  return {out.codes, out.scales, out.zero_points};
 }
 
 template <class T, class Tile>
