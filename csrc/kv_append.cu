@@ -326,19 +326,8 @@ Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   a.tokens = static_cast<int>(T);
   a.rotate = rotate;
   a.factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(D)));
-  switch (dtype) {
-    case ScalarType::Float:
-      append_of<float>(a, D, device);
-      break;
-    case ScalarType::Half:
-      append_of<__half>(a, D, device);
-      break;
-    case ScalarType::BFloat16:
-      append_of<__nv_bfloat16>(a, D, device);
-      break;
-    default:
-      check(false, "kv_append: q must be fp32, fp16 or bf16");
-  }
+  visit_float_type("kv_append", "q", q,
+                   [&](auto zero) { append_of<decltype(zero)>(a, D, device); });
   return q_out;
 }
 

@@ -116,19 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, int64_t bits, int64
   const QuantizeArguments arguments{
       x, out, rows, static_cast<int>(length),
       int_grid(bits, symmetric, clip, packed, scale_dtype == ScalarType::Half)};
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      quantize_of<float>(arguments);
-      break;
-    case ScalarType::Half:
-      quantize_of<__half>(arguments);
-      break;
-    case ScalarType::BFloat16:
-      quantize_of<__nv_bfloat16>(arguments);
-      break;
-    default:
-      check(false, "quantize: x must be fp32, fp16 or bf16");
-  }
+  visit_float_type("quantize", "x", x, [&](auto zero) { quantize_of<decltype(zero)>(arguments); });
   return {out.codes, out.scales, out.zero_points};
 }
 

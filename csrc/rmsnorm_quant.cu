@@ -201,19 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rmsnorm_quant(const Tensor& x,
                                 static_cast<int>(K),
                                 static_cast<float>(eps),
                                 int_grid(bits, symmetric, clip, packed)};
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      rmsnorm_quant_of<float>(arguments);
-      break;
-    case ScalarType::Half:
-      rmsnorm_quant_of<__half>(arguments);
-      break;
-    case ScalarType::BFloat16:
-      rmsnorm_quant_of<__nv_bfloat16>(arguments);
-      break;
-    default:
-      check(false, "rmsnorm_quant: x must be fp32, fp16 or bf16");
-  }
+  visit_float_type("rmsnorm_quant", "x", x,
+                   [&](auto zero) { rmsnorm_quant_of<decltype(zero)>(arguments); });
   return {out.codes, out.scales, out.zero_points, new_residual};
 }
 

@@ -91,6 +91,21 @@ const T* pointer(const std::optional<Tensor>& t) {
   return t.has_value() ? reinterpret_cast<const T*>(t->data_ptr()) : nullptr;
 }
 
+// visit(zero), a zero of the type that t has: float, __half or __nv_bfloat16.
+template <class Visit>
+void visit_float_type(const char* op, const char* name, const Tensor& t, const Visit& visit) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return visit(float());
+    case ScalarType::Half:
+      return visit(__half());
+    case ScalarType::BFloat16:
+      return visit(__nv_bfloat16());
+    default:
+      check(false, text(op, ": ", name, " must be fp32, fp16 or bf16"));
+  }
+}
+
 // 80, 89, 90, ...: of the device, or what the emulator was told to be.
 int device_sm(int device);
 int device_num_sms(int device);
