@@ -9,26 +9,21 @@
 //   step 3  codes, 8 a thread and store
 // Memory bound: reads 2 K (4 K for fp32), writes K or K / 2 bytes a row, and 4 or 5 for its scale.
 
-#include "common/launch.h"
-#include "common/quantizer.cuh"
 #include "common/row_codes.h"
+#include "common/row_tiles.h"
 
 namespace lowbit {
 namespace {
 
-constexpr int kWarpRows = 8;  // rows of a block whose rows are warps
+template <int kThreads, int kVectors>
+using QuantizeTile = RowTile<kThreads, kVectors, /*kWarpRows=*/8, sizeof(Range)>;
 
-template <int kThreads_, int kVectors_>
-struct QuantizeTile {
-  static constexpr int kThreads = kThreads_, kVectors = kVectors_;
-  static constexpr int kRows = kThreads == kWarp ? kWarpRows : 1;
-  static constexpr int kLongest = kThreads * kVectors * kVector;
-  static constexpr int kSmemBytes = kThreads / kWarp * static_cast<int>(sizeof(Range));
-  static_assert(kThreads * kRows <= 1024, "a block has at most 1024 threads");
-};
+using Tiles =
+    RowTiles<QuantizeTile<32, 1>, QuantizeTile<32, 4>, QuantizeTile<128, 2>, QuantizeTile<256, 2>,
+             QuantizeTile<512, 2>, QuantizeTile<1024, 2>, QuantizeTile<1024, 4>>;
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads* Tile::kRows)
+__global__ void __launch_bounds__(Tile::kBlock)
     quantize_kernel(const T* __restrict__ x,            // [rows, length]
                     uint8_t* __restrict__ codes,        // [rows, length], or half when packed
                     void* __restrict__ scales,          // [rows] fp32 or fp16
@@ -71,37 +66,12 @@ __global__ void __launch_bounds__(Tile::kThreads* Tile::kRows)
   }
 }
 
-struct QuantizeArguments {
-  const Tensor& x;
-  RowCodes& out;
-  int64_t rows;
-  int length;
-  IntGrid grid;
+struct Kernels {
+  template <class T, class Tile>
+  static auto of() {
+    return &quantize_kernel<T, Tile>;
+  }
 };
-
-template <class T, class Tile>
-void launch_quantize(const QuantizeArguments& a) {
-  const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(a.rows, Tile::kRows));
-  launch({"quantize", text("rows=", a.rows, " length=", a.length), device_of(a.x), dim3(blocks),
-          Tile::kThreads * Tile::kRows, Tile::kSmemBytes},
-         &quantize_kernel<T, Tile>, pointer<const T>(a.x), pointer<uint8_t>(a.out.codes),
-         pointer<void>(a.out.scales), pointer<uint8_t>(a.out.zero_points), a.rows, a.length,
-         a.grid);
-}
-
-// Applies `visit` to the tiles in ascending order of the rows they hold.
-#define LOWBIT_QUANTIZE_TILES(visit) \
-  visit(32, 1) visit(32, 4) visit(128, 2) visit(256, 2) visit(512, 2) visit(1024, 2) visit(1024, 4)
-
-template <class T>
-void quantize_of(const QuantizeArguments& a) {
-#define LOWBIT_VISIT(threads, vectors)                      \
-  if (a.length <= QuantizeTile<threads, vectors>::kLongest) \
-    return launch_quantize<T, QuantizeTile<threads, vectors>>(a);
-  LOWBIT_QUANTIZE_TILES(LOWBIT_VISIT)
-#undef LOWBIT_VISIT
-  check(false, text("quantize: rows of ", a.length, " are too long for its kernels"));
-}
 
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, int64_t bits, int64_t group_size,
                                             bool symmetric, double clip, bool packed,
@@ -113,28 +83,18 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, int64_t bits, int64
   check(length % kVector == 0, text("quantize: groups must be whole vectors of ", kVector));
 
   RowCodes out = new_row_codes(x, bits, symmetric, packed, length, scale_dtype);
-  const QuantizeArguments arguments{
-      x, out, rows, static_cast<int>(length),
-      int_grid(bits, symmetric, clip, packed, scale_dtype == ScalarType::Half)};
-  visit_float_type("quantize", "x", x, [&](auto zero) { quantize_of<decltype(zero)>(arguments); });
+  const IntGrid grid = int_grid(bits, symmetric, clip, packed, scale_dtype == ScalarType::Half);
+  visit_float_type("quantize", "x", x, [&](auto zero) {
+    using T = decltype(zero);
+    launch_rows<T, Kernels>("quantize", Tiles(), device_of(x), rows, length, pointer<const T>(x),
+                            pointer<uint8_t>(out.codes), pointer<void>(out.scales),
+                            pointer<uint8_t>(out.zero_points), rows, static_cast<int>(length),
+                            grid);
+  });
   return {out.codes, out.scales, out.zero_points};
 }
 
-template <class T, class Tile>
-void register_tile(const char* name) {
-  register_kernel({"quantize", name, reinterpret_cast<const void*>(&quantize_kernel<T, Tile>),
-                   Tile::kThreads * Tile::kRows, Tile::kSmemBytes, 80, 120});
-}
-
-const bool kRegistered = [] {
-#define LOWBIT_VISIT(threads, vectors)                                                  \
-  register_tile<float, QuantizeTile<threads, vectors>>("fp32_" #threads "x" #vectors);  \
-  register_tile<__half, QuantizeTile<threads, vectors>>("fp16_" #threads "x" #vectors); \
-  register_tile<__nv_bfloat16, QuantizeTile<threads, vectors>>("bf16_" #threads "x" #vectors);
-  LOWBIT_QUANTIZE_TILES(LOWBIT_VISIT)
-#undef LOWBIT_VISIT
-  return true;
-}();
+const bool kRegistered = register_row_kernels<Kernels>("quantize", Tiles());
 
 }  // namespace
 }  // namespace lowbit

@@ -10,25 +10,18 @@
 // Memory bound: with a residual reads 4 K and writes 2 K + K or K / 2 bytes a row of 16-bit x; the
 // weight comes from L2.
 
-#include "common/launch.h"
-#include "common/quantizer.cuh"
 #include "common/row_codes.h"
+#include "common/row_tiles.h"
 
 namespace lowbit {
 namespace {
 
-constexpr int kWarpRows = 4;  // rows of a block whose rows are warps
+// For each warp of a row a Range and a sum.
+template <int kThreads, int kVectors>
+using NormTile = RowTile<kThreads, kVectors, /*kWarpRows=*/4, sizeof(Range) + sizeof(float)>;
 
-template <int kThreads_, int kVectors_>
-struct NormTile {
-  static constexpr int kThreads = kThreads_, kVectors = kVectors_;
-  static constexpr int kRows = kThreads == kWarp ? kWarpRows : 1;
-  static constexpr int kLongest = kThreads * kVectors * kVector;
-  static constexpr int kWarps = kThreads / kWarp;
-  // a Range and a sum for each warp of a row
-  static constexpr int kSmemBytes = kWarps * static_cast<int>(sizeof(Range) + sizeof(float));
-  static_assert(kThreads * kRows <= 1024, "a block has at most 1024 threads");
-};
+using Tiles = RowTiles<NormTile<32, 1>, NormTile<32, 2>, NormTile<128, 2>, NormTile<256, 2>,
+                       NormTile<512, 2>, NormTile<1024, 2>>;
 
 enum class Weight { kNone, kLikeX, kFloat };
 
@@ -48,7 +41,7 @@ __device__ __forceinline__ float reduce_sum(float sum, float* scratch) {
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads* Tile::kRows)
+__global__ void __launch_bounds__(Tile::kBlock)
     rmsnorm_quant_kernel(const T* __restrict__ x,            // [rows, length]
                          const T* __restrict__ residual,     // [rows, length] or null
                          const void* __restrict__ weight,    // [length] T or fp32
@@ -129,46 +122,12 @@ __global__ void __launch_bounds__(Tile::kThreads* Tile::kRows)
   }
 }
 
-struct NormArguments {
-  const Tensor& x;
-  const std::optional<Tensor>&residual, &weight;
-  Tensor& new_residual;
-  RowCodes& out;
-  int64_t rows;
-  int length;
-  float eps;
-  IntGrid grid;
-};
-
-template <class T, class Tile>
-void launch_rmsnorm_quant(const NormArguments& a) {
-  Weight kind = Weight::kNone;
-  if (a.weight.has_value()) {
-    const bool like_x = a.weight->scalar_type() == a.x.scalar_type();
-    kind = like_x ? Weight::kLikeX : Weight::kFloat;
+struct Kernels {
+  template <class T, class Tile>
+  static auto of() {
+    return &rmsnorm_quant_kernel<T, Tile>;
   }
-  const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(a.rows, Tile::kRows));
-  launch({"rmsnorm_quant", text("M=", a.rows, " K=", a.length), device_of(a.x), dim3(blocks),
-          Tile::kThreads * Tile::kRows, Tile::kSmemBytes},
-         &rmsnorm_quant_kernel<T, Tile>, pointer<const T>(a.x), pointer<T>(a.residual),
-         pointer<void>(a.weight), pointer<T>(a.new_residual), pointer<uint8_t>(a.out.codes),
-         pointer<void>(a.out.scales), pointer<uint8_t>(a.out.zero_points), a.rows, a.length, a.eps,
-         kind, a.grid);
-}
-
-// Applies `visit` to the tiles in ascending order of the rows they hold.
-#define LOWBIT_NORM_TILES(visit) \
-  visit(32, 1) visit(32, 2) visit(128, 2) visit(256, 2) visit(512, 2) visit(1024, 2)
-
-template <class T>
-void rmsnorm_quant_of(const NormArguments& a) {
-#define LOWBIT_VISIT(threads, vectors)                  \
-  if (a.length <= NormTile<threads, vectors>::kLongest) \
-    return launch_rmsnorm_quant<T, NormTile<threads, vectors>>(a);
-  LOWBIT_NORM_TILES(LOWBIT_VISIT)
-#undef LOWBIT_VISIT
-  check(false, text("rmsnorm_quant: rows of ", a.length, " are too long for its kernels"));
-}
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rmsnorm_quant(const Tensor& x,
                                                          const std::optional<Tensor>& residual,
@@ -182,9 +141,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rmsnorm_quant(const Tensor& x,
   if (residual.has_value()) {
     check_tensor("rmsnorm_quant", "residual", *residual, x.scalar_type(), x.numel(), device);
   }
+  Weight weight_kind = Weight::kNone;
   if (weight.has_value()) {
-    const bool is_float = weight->scalar_type() == ScalarType::Float;
-    check_tensor("rmsnorm_quant", "weight", *weight, is_float ? ScalarType::Float : x.scalar_type(),
+    const bool like_x = weight->scalar_type() == x.scalar_type();
+    weight_kind = like_x ? Weight::kLikeX : Weight::kFloat;
+    check_tensor("rmsnorm_quant", "weight", *weight, like_x ? x.scalar_type() : ScalarType::Float,
                  K, device);
   }
   check(K % kVector == 0, text("rmsnorm_quant: rows must be whole vectors of ", kVector));
@@ -192,36 +153,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rmsnorm_quant(const Tensor& x,
   RowCodes out = new_row_codes(x, bits, symmetric, packed);
   Tensor new_residual =
       new_empty(x, std::vector<int64_t>(shape.begin(), shape.end()), x.scalar_type());
-  const NormArguments arguments{x,
-                                residual,
-                                weight,
-                                new_residual,
-                                out,
-                                rows,
-                                static_cast<int>(K),
-                                static_cast<float>(eps),
-                                int_grid(bits, symmetric, clip, packed)};
-  visit_float_type("rmsnorm_quant", "x", x,
-                   [&](auto zero) { rmsnorm_quant_of<decltype(zero)>(arguments); });
+  const IntGrid grid = int_grid(bits, symmetric, clip, packed);
+  visit_float_type("rmsnorm_quant", "x", x, [&](auto zero) {
+    using T = decltype(zero);
+    launch_rows<T, Kernels>("rmsnorm_quant", Tiles(), device, rows, K, pointer<const T>(x),
+                            pointer<T>(residual), pointer<void>(weight), pointer<T>(new_residual),
+                            pointer<uint8_t>(out.codes), pointer<void>(out.scales),
+                            pointer<uint8_t>(out.zero_points), rows, static_cast<int>(K),
+                            static_cast<float>(eps), weight_kind, grid);
+  });
   return {out.codes, out.scales, out.zero_points, new_residual};
 }
 
-template <class T, class Tile>
-void register_tile(const char* name) {
-  register_kernel({"rmsnorm_quant", name,
-                   reinterpret_cast<const void*>(&rmsnorm_quant_kernel<T, Tile>),
-                   Tile::kThreads * Tile::kRows, Tile::kSmemBytes, 80, 120});
-}
-
-const bool kRegistered = [] {
-#define LOWBIT_VISIT(threads, vectors)                                              \
-  register_tile<float, NormTile<threads, vectors>>("fp32_" #threads "x" #vectors);  \
-  register_tile<__half, NormTile<threads, vectors>>("fp16_" #threads "x" #vectors); \
-  register_tile<__nv_bfloat16, NormTile<threads, vectors>>("bf16_" #threads "x" #vectors);
-  LOWBIT_NORM_TILES(LOWBIT_VISIT)
-#undef LOWBIT_VISIT
-  return true;
-}();
+const bool kRegistered = register_row_kernels<Kernels>("rmsnorm_quant", Tiles());
 
 }  // namespace
 }  // namespace lowbit
