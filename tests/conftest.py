@@ -72,6 +72,14 @@ def kernels_on_the_gpu(request, monkeypatch):
         monkeypatch.setattr(Op, "__call__", call)
 
 
+@pytest.fixture
+def seed():
+    """The same random numbers, whichever tests ran before."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def emulated_library() -> Path:
     return emulator.build()

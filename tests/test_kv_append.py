@@ -1,11 +1,11 @@
 """kv_append: RoPE against transformers and pair by pair, rotation against a dense H, the cache."""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import pytest
 import torch
 from helpers import assert_bitwise, assert_codes, assert_no_worse_than_torch, assert_registered
+from kv_operands import FLOATS, ROTATED, SLOT, Inputs, exact_inputs, inputs, poisoned
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lowbit.formats import IntFormat, Layout
@@ -14,45 +14,9 @@ from lowbit.ops import KVPages, kv_append, quantize
 from lowbit.ops.kv_append import CACHE, KV_APPEND
 from lowbit.transforms.online import hartley_matrix
 
+pytestmark = pytest.mark.usefixtures("seed")
 BITS = (2, 3, 4, 6, 8)
 HEAD_DIMS = (64, 80, 96, 128, 256)
-FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-NUM_PAGES, PAGE_SIZE = 3, 4
-
-
-class Inputs(NamedTuple):
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-
-def angles(T: int, R: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin as Llama makes them: R / 2 frequencies, twice."""
-    frequency = 10000.0 ** (-torch.arange(0, R, 2) / R)
-    angle = torch.arange(3, 3 + T)[:, None] * torch.cat((frequency, frequency))
-    return angle.cos(), angle.sin()
-
-
-def inputs(T=5, Hq=4, Hkv=2, D=64, R=None, dtype=torch.float32) -> Inputs:
-    q, k, v = (torch.randn(T, H, D).to(dtype) for H in (Hq, Hkv, Hkv))
-    return Inputs(q, k, v, *angles(T, R or D))
-
-
-def exact_inputs(T=5, Hq=4, Hkv=2, D=64, R=None) -> Inputs:
-    """Small integers, and quarter turns: RoPE gives integers and H_64 / 8 gives eighths."""
-    q, k, v = (torch.randint(-8, 9, (T, H, D)).float() for H in (Hq, Hkv, Hkv))
-    turns = torch.randint(0, 4, (T, (R or D) // 2)).repeat(1, 2)
-    cos, sin = (torch.tensor(t)[turns] for t in ([1.0, 0.0, -1.0, 0.0], [0.0, 1.0, 0.0, -1.0]))
-    return Inputs(q, k, v, cos, sin)
-
-
-def poisoned(Hkv=2, D=64, bits=4) -> KVPages:
-    pages = KVPages.allocate(NUM_PAGES, PAGE_SIZE, Hkv, D, bits)
-    for t in pages.tensors:
-        t.fill_(float("nan") if t.is_floating_point() else 0xCC)
-    return pages
 
 
 def token(pages: KVPages, slot: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -80,14 +44,6 @@ def rope_by_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
         y[..., j] = a * cos[:, j : j + 1] - b * sin[:, j : j + 1]
         y[..., j + half] = b * cos[:, j + half, None] + a * sin[:, j + half, None]
     return y
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-SLOT = torch.tensor([11, 0, 4, 7, 2])  # of 12; every page is touched, none is filled
 
 
 @pytest.mark.parametrize("D", HEAD_DIMS)
@@ -150,7 +106,7 @@ def test_rotation_leaves_query_key_products_unchanged():
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rotate", [False, True], ids=["plain", "rotated"])
+@ROTATED
 def test_nothing_is_narrowed_before_it_is_quantized(rotate, dtype):
     x, pages = inputs(dtype=dtype), poisoned(bits=8)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -169,7 +125,7 @@ def test_clip(clip):
     assert_bitwise(token(pages, SLOT), (*quantized(k, 4, clip), *quantized(x.v, 4, clip)))
 
 
-@pytest.mark.parametrize("rotate", [False, True], ids=["plain", "rotated"])
+@ROTATED
 def test_only_the_named_slots_change(rotate):
     x, pages = inputs(), poisoned()
     slot = torch.tensor([-1, 9, -7, 3, -(2**40)])

@@ -1,28 +1,28 @@
 """kv_attention against torch's own attention in fp64 over the dequantized cache."""
 
 import math
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import assert_bitwise, assert_no_worse_than_torch, assert_registered
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from kv_operands import (
+    FLOATS,
+    Batch,
+    assert_is_torchs,
+    attend,
+    attention_arguments,
+    filled,
+    query_start,
+    random_cache,
+    random_q,
+    torch_attention,
+)
 
-from lowbit.formats import IntFormat, Layout
-from lowbit.ops import KVPages, dequantize, kv_attention, quantize
+from lowbit.ops import kv_attention
 from lowbit.ops.kv_attention import KV_ATTENTION, QUERY_CHUNK
 
-FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-NOWHERE = 2**30  # a page number that must never be looked up
-
-
-class Batch(NamedTuple):
-    """(cached tokens, queries) of every sequence."""
-
-    sequences: tuple[tuple[int, int], ...]
-
+pytestmark = pytest.mark.usefixtures("seed")
 
 BATCHES = {
     "decode": Batch(((37, 1),)),
@@ -34,94 +34,6 @@ BATCHES = {
     "ragged": Batch(((1, 1), (37, 37), (64, 1), (65, 0), (150, 70), (0, 0), (33, 2))),
     "ragged decode": Batch(((5, 1), (16, 1), (17, 1), (90, 1))),
 }
-
-
-@dataclass(frozen=True)
-class Cache:
-    """A filled paged cache, and the numbers in it: one [length, num_kv_heads, D] a sequence."""
-
-    pages: KVPages
-    block_table: Tensor
-    seq_lens: Tensor
-    k: list[Tensor]
-    v: list[Tensor]
-
-
-def filled(keys: list[Tensor], values: list[Tensor], bits=4, page_size=16, seed=0) -> Cache:
-    """Sequences quantized into pages in random order; every slot that holds no token is poison."""
-    lengths = [len(k) for k in keys]
-    used = [-(-length // page_size) for length in lengths]
-    order = torch.randperm(sum(used) + 2, generator=torch.Generator().manual_seed(seed)).tolist()
-    pages = KVPages.allocate(len(order), page_size, *keys[0].shape[1:], bits)
-    for t in pages.tensors:
-        t.fill_(float("nan") if t.is_floating_point() else 0xCC)
-    table = torch.full((len(keys), max(used) + 1), NOWHERE, dtype=torch.int32)
-    numbers = {"k": [], "v": []}
-    for b, length in enumerate(lengths):
-        table[b, : used[b]] = torch.tensor([order.pop() for _ in range(used[b])])
-        position = torch.arange(length)
-        where = (table[b, position // page_size].long(), position % page_size)
-        for name, x in (("k", keys[b]), ("v", values[b])):
-            t = quantize(x, IntFormat(bits, symmetric=False), 1.0, Layout.ROW_MAJOR, torch.float16)
-            getattr(pages, f"{name}_codes")[where] = t.codes
-            getattr(pages, f"{name}_scale")[where] = t.scale.squeeze(-1)
-            getattr(pages, f"{name}_zero_point")[where] = t.zero_point.squeeze(-1)
-            numbers[name].append(dequantize(t, torch.float64))
-    return Cache(pages, table, torch.tensor(lengths, dtype=torch.int32), **numbers)
-
-
-def random_cache(batch: Batch, Hkv=3, D=64, bits=4, page_size=16) -> Cache:
-    shapes = [(length, Hkv, D) for length, _ in batch.sequences]
-    keys, values = ([torch.randn(s) for s in shapes] for _ in "kv")
-    return filled(keys, values, bits, page_size)
-
-
-def query_start(batch: Batch) -> Tensor:
-    counts = torch.tensor([0, *(n for _, n in batch.sequences)])
-    return counts.cumsum(0).to(torch.int32)
-
-
-def attend(
-    q: Tensor, cache: Cache, batch: Batch, scaling: float | None = None, backend: str | None = None
-) -> Tensor:
-    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    start = query_start(batch)
-    return kv_attention(
-        q, cache.pages, cache.block_table, cache.seq_lens, start, scaling, backend=backend
-    )
-
-
-def torch_attention(q: Tensor, cache: Cache, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """scaled_dot_product_attention in dtype, sequence by sequence, the mask written out."""
-    outs, start = [], 0
-    for b, (length, n) in enumerate(batch.sequences):
-        rows = q[start : start + n].to(dtype).transpose(0, 1)
-        repeats = q.shape[1] // cache.k[b].shape[1]
-        k, v = (
-            t[b].to(dtype).transpose(0, 1).repeat_interleave(repeats, 0) for t in (cache.k, cache.v)
-        )
-        seen = torch.arange(length) <= length - n + torch.arange(n)[:, None]
-        out = scaled_dot_product_attention(rows, k, v, attn_mask=seen)
-        outs.append(out.transpose(0, 1))
-        start += n
-    return torch.cat(outs)
-
-
-def random_q(batch: Batch, Hq=9, D=64, dtype=torch.float32) -> Tensor:
-    return torch.randn(sum(n for _, n in batch.sequences), Hq, D).to(dtype)
-
-
-def assert_is_torchs(got: Tensor, q: Tensor, cache: Cache, batch: Batch):
-    exact = torch_attention(q, cache, batch, torch.float64)
-    in_torch = torch_attention(q, cache, batch, got.dtype)
-    # A few roundings of numbers of size 1: on short rows torch is now and then exact.
-    floor = 4 * torch.finfo(got.dtype).eps
-    assert_no_worse_than_torch(got, in_torch, exact, floor)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
@@ -282,22 +194,6 @@ def test_sequence_longer_than_its_pages():
         attend(q, cut, batch)
 
 
-def op_arguments() -> dict:
-    """A valid call of the op: two sequences, 3 queries in all."""
-    batch = Batch(((20, 2), (5, 1)))
-    cache = random_cache(batch)
-    names = ("k_codes", "k_scale", "k_zero_point", "v_codes", "v_scale", "v_zero_point")
-    return {
-        "q": random_q(batch),
-        **dict(zip(names, cache.pages.tensors, strict=True)),
-        "block_table": cache.block_table,
-        "seq_lens": cache.seq_lens,
-        "query_start": query_start(batch),
-        "bits": 4,
-        "scaling": 0.125,
-    }
-
-
 I32 = torch.int32
 SHAPES = r"must have shapes \[B, P\], \[B\] and \[B \+ 1\]"
 
@@ -322,13 +218,13 @@ SHAPES = r"must have shapes \[B, P\], \[B\] and \[B \+ 1\]"
 )
 def test_wrong_argument(change, message):
     with pytest.raises(ValueError, match=f"kv_attention: {message}"):
-        KV_ATTENTION(*(op_arguments() | change).values())
+        KV_ATTENTION(*(attention_arguments() | change).values())
 
 
 def test_backend_that_cannot_says_so():
     with pytest.raises(RuntimeError, match="cuda: the CUDA kernel takes fp16 and bf16"):
-        KV_ATTENTION(*op_arguments().values(), backend="cuda")
+        KV_ATTENTION(*attention_arguments().values(), backend="cuda")
 
 
 def test_registered():
-    assert_registered(KV_ATTENTION, *op_arguments().values())
+    assert_registered(KV_ATTENTION, *attention_arguments().values())
