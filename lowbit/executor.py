@@ -62,7 +62,7 @@ class Executor:
 
         `block` is in fp32.
         """
-        self.fitted.fuse_block(block)
+        self.fitted.fuse_block(block, index)
         if self.format.weight is None:
             return {}, {}
         handles = hook_online(block, self.fitted.input_transforms)

@@ -26,7 +26,15 @@ from lowbit.models.source import open_source
 from lowbit.models.stored import StoredModel
 from lowbit.nn.swap import swap
 from lowbit.recipes import Calibration, Recipe, recipe_named
-from lowbit.transforms import FittedTransforms, FoldNorms, Rotate, fit
+from lowbit.training import learn_rotations
+from lowbit.transforms import (
+    FittedTransforms,
+    FoldNorms,
+    LearnedRotation,
+    LearnRotation,
+    Rotate,
+    fit,
+)
 
 ROWS_AT_ONCE = 1024  # of a weight that is checked: it may not fit a second time
 
@@ -70,12 +78,26 @@ def quantize(
         windows = _windows(calibration, tokenizer, recipe.calibration, seed)
 
     fitted = fit(_useful(recipe.transforms, adapter, format), adapter, seed)
+    learned = {}
+    if any(isinstance(r, LearnedRotation) for r in fitted.rotations):
+        if stored:  # here the whole model is needed
+            stored.load("")
+        spec = Calibration(recipe.training.steps * recipe.training.batch, recipe.training.length)
+        fitted, learned = learn_rotations(
+            model,
+            fitted,
+            recipe.training,
+            format,
+            recipe.clips(format),
+            _windows(calibration, tokenizer, spec, seed),
+            progress,
+        )
     fitted.fuse_ends(model)
     blocks = model.get_submodule(adapter.block_path)
     dtype = model.dtype
     bar = tqdm(list(enumerate(blocks)), "quantize", unit="block", disable=not progress)
     executor = Executor(model, fitted, recipe, format, windows, _teller(bar))
-    packed, report = {}, {"rounding": {}, "scales": {}}
+    packed, report = {}, {"training": learned, "rounding": {}, "scales": {}}
     for index, block in bar:
         if stored:
             stored.load(f"{adapter.block_path}.{index}")
@@ -107,7 +129,7 @@ def _useful(transforms: tuple, adapter: Adapter, format: QuantFormat) -> tuple:
         t
         for t in transforms
         if isinstance(t, FoldNorms)
-        or isinstance(t, Rotate)
+        or isinstance(t, Rotate | LearnRotation)
         and (spaces[t.space].writers or not spaces[t.space].readers)
     )
 

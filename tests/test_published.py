@@ -24,8 +24,6 @@ TO_COME = {
     "OmniQuant",
     "QuIP",
     "QuIP#",
-    "SpinQuant",
-    "SpinQuant*",
 }
 
 

@@ -41,9 +41,11 @@ class StoredModel:
                         yield name, handle.get_tensor(name)
 
     def load(self, prefix: str) -> nn.Module:
-        """The module `prefix`, read from its files if it was not yet; in the model's dtype."""
+        """The module `prefix` ("": all), read from its files if it was not yet; in the model's
+        dtype."""
         module = self.model.get_submodule(prefix)
-        absent = [f"{prefix}.{n}" for n, t in module.state_dict().items() if t.is_meta]
+        state = module.state_dict(prefix=f"{prefix}." if prefix else "")
+        absent = [name for name, t in state.items() if t.is_meta]
         self._assign(absent)
         return module
 

@@ -3,12 +3,12 @@
 import difflib
 
 from lowbit.errors import InputError
-from lowbit.recipes import plain, quarot, scales
+from lowbit.recipes import plain, quarot, scales, spinquant
 from lowbit.recipes.recipe import Calibration, Recipe, overridden, settings_of
 
 RECIPES = {
     recipe.name: recipe
-    for module in (plain, scales, quarot)
+    for module in (plain, scales, quarot, spinquant)
     for recipe in vars(module).values()
     if isinstance(recipe, Recipe)
 }

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from lowbit.errors import InputError
 from lowbit.formats import QuantFormat
 from lowbit.rounding import Rounder
-from lowbit.transforms import FoldNorms, Rotate, Scale
+from lowbit.training import Training
+from lowbit.transforms import FoldNorms, LearnRotation, Rotate, Scale
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Recipe:
 
     reproduces  (source, method) or (source, method, weight_method): the rows it stands for of
                 lowbit/data/published_tables.csv
+    training    how learned rotations are learned
     The clips map a bit width to a ratio; widths not named keep the whole range (1.0).
     """
 
@@ -30,10 +32,11 @@ class Recipe:
     summary: str
     source: str
     rounding: Rounder
-    transforms: tuple[FoldNorms | Rotate | Scale, ...] = ()
+    transforms: tuple[FoldNorms | Rotate | LearnRotation | Scale, ...] = ()
     activation_clip: dict[int, float] = field(default_factory=dict)
     kv_clip: dict[int, float] = field(default_factory=dict)
     calibration: Calibration = Calibration()
+    training: Training | None = None
     reproduces: tuple[tuple[str, ...], ...] = ()
 
     def clips(self, format: QuantFormat) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Invertible maps on a space: how each is fitted, fused in fp64, or kept online."""
 
 from lowbit.transforms.fuse import FittedTransforms, FoldNorms, fit, hook_online, rotate
+from lowbit.transforms.learned import LearnedRotation, LearnRotation
 from lowbit.transforms.online import OnlineTransform
 from lowbit.transforms.rotation import Rotate, Rotation
 from lowbit.transforms.scale import AWQ, OutlierSuppressionPlus, Scale, SmoothQuant
@@ -9,6 +10,8 @@ __all__ = [
     "AWQ",
     "FittedTransforms",
     "FoldNorms",
+    "LearnRotation",
+    "LearnedRotation",
     "OnlineTransform",
     "OutlierSuppressionPlus",
     "Rotate",

@@ -7,6 +7,7 @@ from torch import nn
 
 from lowbit.errors import InputError
 from lowbit.models.spaces import Adapter, Norm
+from lowbit.transforms.learned import LearnedRotation, LearnRotation
 from lowbit.transforms.online import OnlineTransform
 from lowbit.transforms.rotation import ROWS_AT_ONCE, Rotate, Rotation
 from lowbit.transforms.scale import Scale
@@ -24,7 +25,7 @@ class FittedTransforms:
 
     adapter: Adapter
     fold_norms: bool
-    rotations: tuple[Rotation, ...]
+    rotations: tuple[Rotation | LearnedRotation, ...]
     scales: tuple[Scale, ...] = ()
 
     @property
@@ -42,17 +43,17 @@ class FittedTransforms:
     def query_key(self) -> OnlineTransform | None:
         return next((r.base for r in self.rotations if r.space == "query_key"), None)
 
-    def fuse_block(self, block: nn.Module):
-        """Fuse into one block's tensors, in place, computing in fp64."""
+    def fuse_block(self, block: nn.Module, index: int):
+        """Fuse into the tensors of block `index`, in place, computing in fp64."""
         if self.fold_norms:
             for norm in self.adapter.norms:
                 _fold(block, norm)
         for rotation in self.rotations:
             space = self.adapter.spaces[rotation.space]
             for name in space.readers:
-                rotation.fuse_reader(block.get_submodule(name))
+                rotation.at(index).fuse_reader(block.get_submodule(name))
             for name in space.writers:
-                rotation.fuse_writer(block.get_submodule(name))
+                rotation.at(index).fuse_writer(block.get_submodule(name))
 
     def fuse_ends(self, model: nn.Module):
         """Fuse into the embedding, the final norm and the head; unties a tied head first."""
@@ -64,9 +65,17 @@ class FittedTransforms:
         for rotation in self.rotations:
             space = self.adapter.spaces[rotation.space]
             if space.embedding:
-                rotation.fuse_embedding(model.get_submodule(space.embedding))
+                rotation.at(0).fuse_embedding(model.get_submodule(space.embedding))
             if space.head:
-                rotation.fuse_reader(model.get_submodule(space.head))
+                rotation.at(0).fuse_reader(model.get_submodule(space.head))
+
+    def apply(self, model: nn.Module):
+        """To a float model, in place: same function, rotated insides; what is online runs in
+        forward pre-hooks. For tests and figures: the executor does the same block by block."""
+        self.fuse_ends(model)
+        for index, block in enumerate(model.get_submodule(self.adapter.block_path)):
+            self.fuse_block(block, index)
+            hook_online(block, self.input_transforms)
 
     def report(self) -> list[str]:
         folded = ["RMSNorm gains folded into the linears that read them"] if self.fold_norms else []
@@ -78,7 +87,7 @@ def fit(transforms: tuple, adapter: Adapter, seed: int) -> FittedTransforms:
     generator = torch.Generator().manual_seed(seed)
     rotations = []
     for transform in transforms:
-        if isinstance(transform, Rotate):
+        if isinstance(transform, Rotate | LearnRotation):
             rotations.append(transform.fit(adapter.spaces[transform.space], generator))
     fold_norms = any(isinstance(t, FoldNorms) for t in transforms)
     if not fold_norms and any(r.space == "residual" for r in rotations):
@@ -126,14 +135,7 @@ def _rotate_input(transform: OnlineTransform):
 
 
 def rotate(model: nn.Module, transforms: tuple, adapter: Adapter, seed: int) -> FittedTransforms:
-    """Apply a recipe's transforms to a float model, in place: same function, rotated insides.
-
-    What is online runs in forward pre-hooks. For tests and figures; the pipeline does the same one
-    block at a time.
-    """
+    """Fit a recipe's transforms and apply them to a float model, in place."""
     fitted = fit(transforms, adapter, seed)
-    fitted.fuse_ends(model)
-    for block in model.get_submodule(adapter.block_path):
-        fitted.fuse_block(block)
-        hook_online(block, fitted.input_transforms)
+    fitted.apply(model)
     return fitted

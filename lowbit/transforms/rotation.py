@@ -20,14 +20,25 @@ LARGEST_DENSE = 128  # up to here a missing Hadamard order is replaced by a dens
 
 @dataclass(frozen=True)
 class Rotation:
-    """x -> x (I (x) R (x) I_inner) with R = diag(signs) * base; orthogonal, so R^-T = R."""
+    """x -> x (I (x) R (x) I_inner) with R = diag(signs) * base; orthogonal, so R^-T = R.
+
+    learned  fp64 [order, order], takes the place of diag(signs) * base
+    """
 
     space: str
     base: OnlineTransform
     signs: Tensor | None  # fp64 [dim] of +-1, None: all ones
+    learned: Tensor | None = None
+
+    def at(self, index: int) -> "Rotation":
+        """That of one block: the same for all."""
+        return self
 
     def apply(self, x: Tensor) -> Tensor:
         """x R for the rows of x [..., K], in x's dtype (fp64 to fuse)."""
+        if self.learned is not None:
+            learned = self.learned.to(x)
+            return HADAMARD.reference(x, self.base.order, self.base.inner, learned)
         if self.signs is not None:
             tiled = self.signs.repeat_interleave(self.base.inner)
             x = x * tiled.repeat(x.shape[-1] // tiled.numel()).to(x)

@@ -1,0 +1,204 @@
+"""Learning rotations end to end: next-token loss of the fake-quantized model, weights frozen.
+
+SpinQuant (Liu et al. 2024, arXiv 2405.16406, section 3), and DuaRot's parameters with it. Written
+from the papers. A copy of the model, in fp32, has its norms folded and its fixed rotations fused;
+learned ones multiply its weights in every forward, so that their gradient is that of the loss.
+Quantizers are straight-through. Memory: the model in fp32, its rotated weights, and the activations
+of one sequence; a model is whole in memory here, unlike in the executor.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lowbit.errors import InputError
+from lowbit.formats import IntFormat, QuantFormat
+from lowbit.rounding.grid import fake_quantize, on_grid, weight_grid
+from lowbit.transforms import FittedTransforms, Rotation
+from lowbit.transforms.cayley import CayleySGD
+from lowbit.transforms.learned import LearnedRotation
+
+IMPLEMENTATION = "lowbit_training"
+
+
+@dataclass(frozen=True)
+class Training:
+    """steps x batch sequences of `length` tokens, each step a step of CayleySGD; lr to 0 by cosine.
+
+    weights  quantized in the loop too, to the nearest of the whole range: for weights that will be
+             rounded to nearest; GPTQ's are learned around better with full-precision ones
+    """
+
+    steps: int = 100
+    batch: int = 8
+    length: int = 2048
+    lr: float = 1.5
+    weights: bool = False
+
+
+def learn_rotations(
+    model: PreTrainedModel,
+    fitted: FittedTransforms,
+    training: Training,
+    format: QuantFormat,
+    clips: tuple[float, float],
+    windows: Tensor,
+    progress: bool = True,
+) -> tuple[FittedTransforms, dict]:
+    """The transforms with their learned rotations learned, and a report; `model` stays as it is.
+
+    windows  int64 [samples, length], taken in turn
+    """
+    learned = [r for r in fitted.rotations if isinstance(r, LearnedRotation)]
+    twin, learners = _trainable(model, fitted, learned, training, format, clips)
+    optimizer = CayleySGD([p for learner in learners for p in learner.parameters()], lr=training.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: max(0.5 * (1 + math.cos(math.pi * step / training.steps)), 1e-4)
+    )
+    losses = []
+    with torch.enable_grad(), tqdm(range(training.steps), "learn", disable=not progress) as bar:
+        for step in bar:
+            optimizer.zero_grad()
+            total = 0.0
+            for i in range(step * training.batch, (step + 1) * training.batch):
+                row = windows[i % len(windows)][None].to(model.device)
+                loss = twin(row, labels=row, use_cache=False).loss
+                (loss / training.batch).backward()
+                total += loss.item() / training.batch
+            if not math.isfinite(total):
+                raise InputError(
+                    f"the loss must be finite, got {total} at step {step}: lower training.lr"
+                )
+            optimizer.step()
+            schedule.step()
+            losses.append(total)
+            bar.set_postfix(loss=f"{total:.4f}")
+    by_space = dict(zip((r.space for r in learned), learners, strict=True))
+    rotations = tuple(
+        r.learned(by_space[r.space]) if isinstance(r, LearnedRotation) else r
+        for r in fitted.rotations
+    )
+    tail = losses[-max(1, len(losses) // 10) :]
+    report = {"first_loss": losses[0], "last_loss": sum(tail) / len(tail), "losses": losses}
+    return FittedTransforms(fitted.adapter, fitted.fold_norms, rotations, fitted.scales), report
+
+
+def _trainable(
+    model: PreTrainedModel,
+    fitted: FittedTransforms,
+    learned: list[LearnedRotation],
+    training: Training,
+    format: QuantFormat,
+    clips: tuple[float, float],
+) -> tuple[PreTrainedModel, list]:
+    adapter = fitted.adapter
+    twin = copy.deepcopy(model).float().requires_grad_(False)
+    fixed = tuple(r for r in fitted.rotations if isinstance(r, Rotation))
+    fixed = FittedTransforms(adapter, fitted.fold_norms, fixed)
+    fixed.fuse_ends(twin)
+    blocks = twin.get_submodule(adapter.block_path)
+    learners = [r.learner(len(blocks), model.device) for r in learned]
+    turns = {r.space: learner for r, learner in zip(learned, learners, strict=True)}
+    activation_clip, kv_clip = clips
+    for index, block in enumerate(blocks):
+        fixed.fuse_block(block, index)
+        for name in adapter.linears:
+            linear = _LearningLinear(
+                block.get_submodule(name),
+                reads=[turns[s] for s in turns if name in adapter.spaces[s].readers],
+                writes=[turns[s] for s in turns if name in adapter.spaces[s].writers],
+                index=index,
+                online=fixed.input_transforms.get(name),
+                activation=(format.activation, activation_clip),
+                weight=format.weight if training.weights else None,
+            )
+            block.set_submodule(name, linear)
+        attention = block.get_submodule(adapter.attention)
+        attention.learning_kv = (format.kv, kv_clip, fixed.query_key)
+    for space, learner in turns.items():
+        ends = adapter.spaces[space]
+        if ends.embedding:
+            twin.get_submodule(ends.embedding).register_forward_hook(_turn_output(learner))
+        if ends.head:
+            twin.get_submodule(ends.head).register_forward_pre_hook(_turn_back(learner))
+    twin.set_attn_implementation(IMPLEMENTATION)
+    return twin, learners
+
+
+def straight_through(x: Tensor, format: IntFormat | None, clip: float) -> Tensor:
+    """fake_quantize, whose gradient is that of x."""
+    if format is None:
+        return x
+    return x + (fake_quantize(x.detach(), format, clip) - x.detach())
+
+
+class _LearningLinear(nn.Module):
+    """A linear whose weight is turned by the learners of the spaces it reads and writes."""
+
+    def __init__(self, linear: nn.Linear, reads, writes, index: int, online, activation, weight):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        # in a tuple: they belong to the optimizer, not to this module
+        self.learners = (tuple(reads), tuple(writes))
+        self.index = index
+        self.online = None if online is None else Rotation("input", online, None)
+        self.activation, self.weight_format = activation, weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        reads, writes = self.learners
+        for learner in reads:
+            weight = _turned(weight, learner, self.index)
+        for learner in writes:
+            weight = _turned(weight.T, learner, self.index).T
+            bias = None if bias is None else _turned(bias[None], learner, self.index)[0]
+        if self.weight_format is not None:
+            weight = _straight_through_weight(weight, self.weight_format)
+        if self.online is not None:
+            x = self.online.apply(x)
+        return F.linear(straight_through(x, *self.activation), weight, bias)
+
+
+def _straight_through_weight(weight: Tensor, format: IntFormat) -> Tensor:
+    plain = weight.detach()
+    grid = weight_grid(plain, format)
+    return weight + (on_grid(plain, grid.step, grid.zero_point, format) - plain)
+
+
+def _turned(rows: Tensor, learner, index: int) -> Tensor:
+    """rows [..., K] times I (x) R of one block."""
+    matrices = learner.matrices()
+    matrix = matrices[index % len(matrices)]
+    return (rows.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
+
+
+def _turn_output(learner):
+    return lambda _module, _args, output: _turned(output, learner, 0)
+
+
+def _turn_back(learner):
+    return lambda _module, args: (args[0] @ learner.matrices()[0].T, *args[1:])
+
+
+def _attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
+    """transformers' sdpa over straight-through quantized K and V [B, heads, length, D]."""
+    kv, clip, transform = module.learning_kv
+    if kv is not None:
+        if transform is not None:
+            rotation = Rotation("query_key", transform, None)
+            query, key = rotation.apply(query), rotation.apply(key)
+        key, value = straight_through(key, kv, clip), straight_through(value, kv, clip)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -1,0 +1,151 @@
+"""Learned rotations: orthogonal, function-preserving, and better than where they began."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from models import tiny_llama, tiny_tokens
+
+import lowbit
+from lowbit.errors import InputError
+from lowbit.formats import QuantFormat
+from lowbit.models import adapter_for
+from lowbit.recipes import overridden, recipe_named
+from lowbit.training import Training, _trainable, learn_rotations, straight_through
+from lowbit.transforms import FoldNorms, LearnedRotation, LearnRotation, Rotate, fit
+from lowbit.transforms.cayley import CayleySGD, cayley_step, nearest_orthogonal
+
+SPINQUANT = recipe_named("spinquant").transforms
+SHORT = Training(steps=6, batch=2, length=24)
+W4A4KV4 = QuantFormat.parse("w4a4kv4")
+
+
+def learned(model, transforms, training=SHORT, seed=0):
+    fitted = fit(transforms, adapter_for(model.config), seed)
+    windows = tiny_tokens(4, 24)
+    return learn_rotations(model, fitted, training, W4A4KV4, (1.0, 1.0), windows, False)
+
+
+def is_orthogonal(matrix: torch.Tensor, error: float) -> bool:
+    eye = torch.eye(len(matrix), dtype=matrix.dtype)
+    return (matrix @ matrix.T - eye).abs().max().item() < error
+
+
+@pytest.mark.parametrize("lr", [0.1, 1.5, 100.0])
+def test_a_cayley_step_stays_orthogonal_and_goes_downhill(lr):
+    generator = torch.Generator().manual_seed(0)
+    x = nearest_orthogonal(torch.randn(3, 16, 16, generator=generator, dtype=torch.float64))
+    target = nearest_orthogonal(torch.randn(3, 16, 16, generator=generator, dtype=torch.float64))
+    gradient = x - target  # of |x - target|^2 / 2
+    moved = cayley_step(x, gradient, lr)
+    assert all(is_orthogonal(m, 1e-12) for m in moved)
+    assert ((moved - target).square().sum((1, 2)) < (x - target).square().sum((1, 2))).all()
+
+
+def test_cayley_sgd_finds_a_rotation():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(256, 8, generator=generator)
+    turn = nearest_orthogonal(torch.randn(8, 8, generator=generator))
+    turn[:, 0] *= torch.linalg.det(turn)  # a rotation: reflections are another component
+    learner = torch.nn.Parameter(torch.eye(8))
+    optimizer = CayleySGD([learner], lr=1.5)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (x @ learner - x @ turn).square().mean().backward()
+        optimizer.step()
+    assert (learner - turn).abs().max() < 1e-3 and is_orthogonal(learner.detach(), 1e-5)
+
+
+def test_straight_through_has_the_gradient_of_its_input():
+    x = torch.randn(4, 16, requires_grad=True)
+    y = straight_through(x, QuantFormat.parse("w4a4").activation, 0.9)
+    assert not torch.equal(y, x)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("local", [None, 16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_learned_rotations_leave_fp64_logits_unchanged(local, bias):
+    transforms = (
+        FoldNorms(),
+        LearnRotation("residual", local=local),
+        LearnRotation("value", per_block=True),
+        Rotate("mlp_hidden"),
+    )
+    model = tiny_llama(bias=bias, tied=bias)
+    fitted, report = learned(model, transforms)
+    matrices = [
+        r.at(i).learned
+        for r in fitted.rotations
+        if isinstance(r, LearnedRotation)
+        for i in range(len(r.rotations))
+    ]
+    assert len(matrices) == 1 + 2 and all(is_orthogonal(m, 1e-12) for m in matrices)
+    assert not torch.equal(matrices[1], matrices[2])
+    model = tiny_llama(bias=bias, tied=bias, dtype=torch.float64)
+    before = model(tiny_tokens()).logits
+    fitted.apply(model)
+    after = model(tiny_tokens()).logits
+    assert (after - before).abs().max() < 1e-9 * before.abs().max()
+
+
+def test_the_model_that_learns_is_the_model(monkeypatch):
+    """Without quantizers its logits are those of the original."""
+    model = tiny_llama(bias=True)
+    fitted = fit(SPINQUANT, adapter_for(model.config), 0)
+    rotations = [r for r in fitted.rotations if isinstance(r, LearnedRotation)]
+    off = QuantFormat(QuantFormat.parse("w4a16").weight)
+    twin, _ = _trainable(model, fitted, rotations, SHORT, off, (1.0, 1.0))
+    got, expected = twin(tiny_tokens()).logits, model(tiny_tokens()).logits
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_learning_lowers_the_loss_and_spares_the_model():
+    model = tiny_llama()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    _, report = learned(model, SPINQUANT, replace(SHORT, steps=40, batch=4))  # one batch, again
+    assert report["last_loss"] < report["first_loss"] - 0.05 and len(report["losses"]) == 40
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_same_seed_same_rotations():
+    fitted = [learned(tiny_llama(), SPINQUANT, seed=seed)[0] for seed in (0, 0, 1)]
+    first, second, other = (f.rotations[0].at(0).learned for f in fitted)
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_spinquant_packs_what_it_learned(tmp_path):
+    recipe = overridden(
+        recipe_named("spinquant-rtn"),
+        ["training.steps=3", "training.batch=1", "training.length=24"],
+    )
+    model = lowbit.quantize(
+        tiny_llama(), recipe, "w4a4kv4", calibration=tiny_tokens(8, 24), progress=False
+    )
+    report = model.lowbit_config.report
+    assert len(report["training"]["losses"]) == 3
+    assert "value: learned rotation of order 16, one a block" in report["transforms"]
+    lowbit.save(model, tmp_path / "saved")
+    loaded = lowbit.load(tmp_path / "saved")
+    assert torch.equal(loaded(tiny_tokens()).logits, model(tiny_tokens()).logits)
+
+
+@pytest.mark.parametrize(
+    "transform, message",
+    [
+        (LearnRotation("heads"), "must be fused, which those of heads cannot be"),
+        (LearnRotation("residual", per_block=True), "residual joins all blocks"),
+        (LearnRotation("residual", local=7), "local must divide 64, got 7"),
+    ],
+)
+def test_what_cannot_be_learned(transform, message):
+    with pytest.raises(InputError, match=message):
+        fit((FoldNorms(), transform), adapter_for(tiny_llama().config), 0)
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.inf
+    with pytest.raises(InputError, match="loss must be finite, got nan at step 0"):
+        learned(model, SPINQUANT)
