@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowbit.config import LowbitConfig
+from lowbit.distribution import Distribution, fit_rotations
 from lowbit.errors import InputError
 from lowbit.evaluate.text import manual_text
 from lowbit.executor import Executor, needed_streams
@@ -82,16 +83,17 @@ def quantize(
     if any(isinstance(r, LearnedRotation) for r in fitted.rotations):
         if stored:  # here the whole model is needed
             stored.load("")
-        spec = Calibration(recipe.training.steps * recipe.training.batch, recipe.training.length)
-        fitted, learned = learn_rotations(
-            model,
-            fitted,
-            recipe.training,
-            format,
-            recipe.clips(format),
-            _windows(calibration, tokenizer, spec, seed),
-            progress,
-        )
+        spec = Calibration(recipe.training.samples, recipe.training.length)
+        windows_to_learn = _windows(calibration, tokenizer, spec, seed)
+        if isinstance(recipe.training, Distribution):
+            fitted, learned = fit_rotations(
+                model, fitted, recipe.training, windows_to_learn, seed, progress
+            )
+        else:
+            clips = recipe.clips(format)
+            fitted, learned = learn_rotations(
+                model, fitted, recipe.training, format, clips, windows_to_learn, progress
+            )
     fitted.fuse_ends(model)
     blocks = model.get_submodule(adapter.block_path)
     dtype = model.dtype

@@ -43,6 +43,10 @@ class Training:
     lr: float = 1.5
     weights: bool = False
 
+    @property
+    def samples(self) -> int:
+        return self.steps * self.batch
+
 
 def learn_rotations(
     model: PreTrainedModel,
@@ -83,12 +87,12 @@ def learn_rotations(
             bar.set_postfix(loss=f"{total:.4f}")
     by_space = dict(zip((r.space for r in learned), learners, strict=True))
     rotations = tuple(
-        r.learned(by_space[r.space]) if isinstance(r, LearnedRotation) else r
+        r.replaced(by_space[r.space].matrices()) if isinstance(r, LearnedRotation) else r
         for r in fitted.rotations
     )
     tail = losses[-max(1, len(losses) // 10) :]
     report = {"first_loss": losses[0], "last_loss": sum(tail) / len(tail), "losses": losses}
-    return FittedTransforms(fitted.adapter, fitted.fold_norms, rotations, fitted.scales), report
+    return fitted.with_rotations(rotations), report
 
 
 def _trainable(

@@ -3,6 +3,7 @@
 import ast
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 
+from lowbit.distribution import Distribution
 from lowbit.errors import InputError
 from lowbit.formats import QuantFormat
 from lowbit.rounding import Rounder
@@ -36,7 +37,7 @@ class Recipe:
     activation_clip: dict[int, float] = field(default_factory=dict)
     kv_clip: dict[int, float] = field(default_factory=dict)
     calibration: Calibration = Calibration()
-    training: Training | None = None
+    training: Training | Distribution | None = None
     reproduces: tuple[tuple[str, ...], ...] = ()
 
     def clips(self, format: QuantFormat) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Applying fitted transforms to a model: whole, or one block at a time as the executor does."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ class FittedTransforms:
     fold_norms: bool
     rotations: tuple[Rotation | LearnedRotation, ...]
     scales: tuple[Scale, ...] = ()
+
+    def with_rotations(self, rotations: tuple) -> "FittedTransforms":
+        return replace(self, rotations=rotations)
 
     @property
     def input_transforms(self) -> dict[str, OnlineTransform]:

@@ -67,10 +67,10 @@ class LearnedRotation:
         start = torch.stack([self.at(i).learned for i in range(count)])
         return Learner(start.to(device), self.spec.local)
 
-    def learned(self, learner: "Learner") -> "LearnedRotation":
-        """With what a learner has arrived at."""
+    def replaced(self, matrices: Tensor) -> "LearnedRotation":
+        """With what was learned, [1 or blocks, n, n]; made orthogonal to fp64."""
         start = self.rotations[0]
-        matrices = nearest_orthogonal(learner.matrices().detach().double().cpu())
+        matrices = nearest_orthogonal(matrices.detach().double().cpu())
         return replace(self, rotations=tuple(replace(start, learned=m) for m in matrices))
 
     def __str__(self) -> str:
