@@ -59,10 +59,10 @@ def fit_rotations(
             parts = [torch.cat(parts)]
         losses, matrices = [], []
         for index, x in enumerate(tqdm(parts, f"fit {rotation.space}", disable=not progress)):
-            matrix, first, last = whip(x, rotation.at(index).learned.to(x), spec)
+            matrix, first, last = whip(x, rotation.at(index).learned[0].to(x), spec)
             matrices.append(matrix)
             losses.append((first, last))
-        by_space[rotation.space] = rotation.replaced(torch.stack(matrices))
+        by_space[rotation.space] = rotation.replaced([torch.stack(matrices)])
         first, last = (sum(part) / len(losses) for part in zip(*losses, strict=True))
         report[rotation.space] = {"first_loss": first, "last_loss": last}
     rotations = tuple(by_space.get(r.space, r) for r in fitted.rotations)

@@ -23,7 +23,7 @@ from lowbit.recipes import Recipe
 from lowbit.rounding import Statistics, quadratic_error, statistics_of
 from lowbit.rounding.grid import fake_quantize
 from lowbit.streams import Stream, check_finite
-from lowbit.transforms import FittedTransforms, hook_online
+from lowbit.transforms import FittedTransforms
 
 Rounded = dict[str, tuple[PackedTensor, dict]]
 
@@ -65,7 +65,7 @@ class Executor:
         self.fitted.fuse_block(block, index)
         if self.format.weight is None:
             return {}, {}
-        handles = hook_online(block, self.fitted.input_transforms)
+        handles = self.fitted.hook_online(block, index)
         scales = {
             scale.space: scale.fit_and_fuse(
                 block,

@@ -24,7 +24,7 @@ from lowbit.formats import IntFormat, QuantFormat
 from lowbit.rounding.grid import fake_quantize, on_grid, weight_grid
 from lowbit.transforms import FittedTransforms, Rotation
 from lowbit.transforms.cayley import CayleySGD
-from lowbit.transforms.learned import LearnedRotation
+from lowbit.transforms.learned import LearnedRotation, Learner
 
 IMPLEMENTATION = "lowbit_training"
 
@@ -115,18 +115,20 @@ def _trainable(
     for index, block in enumerate(blocks):
         fixed.fuse_block(block, index)
         for name in adapter.linears:
+            reads = [s for s in turns if name in adapter.spaces[s].readers]
             linear = _LearningLinear(
                 block.get_submodule(name),
-                reads=[turns[s] for s in turns if name in adapter.spaces[s].readers],
+                reads=[turns[s] for s in reads],
                 writes=[turns[s] for s in turns if name in adapter.spaces[s].writers],
                 index=index,
-                online=fixed.input_transforms.get(name),
+                online=[turns[s] for s in reads if not adapter.spaces[s].writers],
                 activation=(format.activation, activation_clip),
                 weight=format.weight if training.weights else None,
             )
             block.set_submodule(name, linear)
+        fixed.hook_online(block, index)
         attention = block.get_submodule(adapter.attention)
-        attention.learning_kv = (format.kv, kv_clip, fixed.query_key)
+        attention.learning_kv = (format.kv, kv_clip, turns.get("query_key"), fixed.query_key)
     for space, learner in turns.items():
         ends = adapter.spaces[space]
         if ends.embedding:
@@ -152,23 +154,22 @@ class _LearningLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # in a tuple: they belong to the optimizer, not to this module
-        self.learners = (tuple(reads), tuple(writes))
+        self.learners = (tuple(reads), tuple(writes), tuple(online))
         self.index = index
-        self.online = None if online is None else Rotation("input", online, None)
         self.activation, self.weight_format = activation, weight
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        reads, writes = self.learners
+        reads, writes, online = self.learners
         for learner in reads:
-            weight = _turned(weight, learner, self.index)
+            weight = learner.turn(weight, self.index)
         for learner in writes:
-            weight = _turned(weight.T, learner, self.index).T
-            bias = None if bias is None else _turned(bias[None], learner, self.index)[0]
+            weight = learner.turn(weight.T, self.index).T
+            bias = None if bias is None else learner.turn(bias[None], self.index)[0]
         if self.weight_format is not None:
             weight = _straight_through_weight(weight, self.weight_format)
-        if self.online is not None:
-            x = self.online.apply(x)
+        for learner in online:
+            x = learner.turn(x, self.index)
         return F.linear(straight_through(x, *self.activation), weight, bias)
 
 
@@ -178,26 +179,22 @@ def _straight_through_weight(weight: Tensor, format: IntFormat) -> Tensor:
     return weight + (on_grid(plain, grid.step, grid.zero_point, format) - plain)
 
 
-def _turned(rows: Tensor, learner, index: int) -> Tensor:
-    """rows [..., K] times I (x) R of one block."""
-    matrices = learner.matrices()
-    matrix = matrices[index % len(matrices)]
-    return (rows.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
+def _turn_output(learner: Learner):
+    return lambda _module, _args, output: learner.turn(output, 0)
 
 
-def _turn_output(learner):
-    return lambda _module, _args, output: _turned(output, learner, 0)
-
-
-def _turn_back(learner):
-    return lambda _module, args: (args[0] @ learner.matrices()[0].T, *args[1:])
+def _turn_back(learner: Learner):
+    return lambda _module, args: (args[0] @ learner.matrices()[0][0].T, *args[1:])
 
 
 def _attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
     """transformers' sdpa over straight-through quantized K and V [B, heads, length, D]."""
-    kv, clip, transform = module.learning_kv
+    kv, clip, learner, transform = module.learning_kv
     if kv is not None:
-        if transform is not None:
+        if learner is not None:
+            index = module.layer_idx
+            query, key = learner.turn(query, index), learner.turn(key, index)
+        elif transform is not None:
             rotation = Rotation("query_key", transform, None)
             query, key = rotation.apply(query), rotation.apply(key)
         key, value = straight_through(key, kv, clip), straight_through(value, kv, clip)

@@ -7,7 +7,6 @@ from models import tiny_llama
 
 from lowbit import cuda
 from lowbit.config import LowbitConfig
-from lowbit.evaluate.fake_quant import rotate
 from lowbit.formats import Layout, QuantFormat
 from lowbit.models import adapter_for
 from lowbit.nn import swap
@@ -15,6 +14,7 @@ from lowbit.ops.dispatch import OPS, Backend
 from lowbit.ops.int_gemm import DEFAULTS, INT_GEMM
 from lowbit.ops.weight_only_gemm import WEIGHT_ONLY_GEMM
 from lowbit.rounding import RTN
+from lowbit.transforms import Rotation
 from lowbit.transforms.online import OnlineTransform
 
 WEIGHT_ONLY_REFERENCE = "lowbit.ops.weight_only_gemm:_reference"
@@ -47,7 +47,9 @@ def pack_model(model, format: str, kind: str | None = "hadamard", clip: float = 
     packed = {}
     for index, block in enumerate(model.model.layers):
         for name in adapter.linears if format.weight else ():
-            weight = rotate(block.get_submodule(name).weight.double(), transforms.get(name))
+            weight = block.get_submodule(name).weight.double()
+            if name in transforms:
+                weight = Rotation("input", transforms[name], None).apply(weight)
             packed[f"model.layers.{index}.{name}"] = pack_weight(weight.float(), format.weight)
     swap(model, adapter, config)
     for name, weight in packed.items():

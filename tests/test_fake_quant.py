@@ -14,6 +14,7 @@ from lowbit.evaluate.fake_quant import FakeQuantLinear, fake_quantize, rotate, t
 from lowbit.formats import IntFormat
 from lowbit.hadamard import hadamard_matrix
 from lowbit.nn import QuantLinear
+from lowbit.nn.online_map import OnlineMap
 from lowbit.ops import dequantize, quantize
 from lowbit.transforms.online import OnlineTransform
 
@@ -79,7 +80,8 @@ def test_rotation_is_the_dense_product(transform):
     if transform is not None:
         blocks = expected.unflatten(-1, (-1, transform.order, transform.inner))
         expected = torch.einsum("...ai,ab->...bi", blocks, transform.dense()).flatten(-3)
-    torch.testing.assert_close(rotate(x, transform).double(), expected, rtol=0, atol=3e-6)
+    rotation = None if transform is None else OnlineMap(transform)
+    torch.testing.assert_close(rotate(x, rotation).double(), expected, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("transform", [None, OnlineTransform("hadamard", 64)], ids=str)
@@ -107,7 +109,7 @@ def test_codes_of_inputs_agree():
     for transform in (OnlineTransform("hadamard", 96), OnlineTransform("hartley", 96)):
         grid = IntFormat(4)
         linear = QuantLinear.from_packed(pack_weight(torch.randn(8, 96), grid), None, grid)
-        linear.transform = transform
+        linear.rotation = OnlineMap(transform)
         x = torch.randn(4000, 96)
         packed = linear.quantize_input(x)
         dense = (x.double() @ transform.dense()).float()

@@ -19,7 +19,6 @@ from lowbit.recipes import RECIPES
 TO_COME = {
     "AQLM",
     "AutoRound",
-    "DuaRot",
     "LLM-QAT",
     "OmniQuant",
     "QuIP",

@@ -9,13 +9,17 @@ from models import tiny_llama, tiny_tokens
 import lowbit
 from lowbit.distribution import Distribution, _activations, fit_rotations, whip
 from lowbit.errors import InputError
+from lowbit.evaluate.fake_quant import to_fake
 from lowbit.formats import QuantFormat
 from lowbit.models import adapter_for
+from lowbit.nn.online_map import OnlineMap
 from lowbit.recipes import overridden, recipe_named
 from lowbit.rounding.grid import fake_quantize
 from lowbit.training import Training, _trainable, learn_rotations, straight_through
 from lowbit.transforms import FoldNorms, LearnedRotation, LearnRotation, Rotate, fit
 from lowbit.transforms.cayley import CayleySGD, cayley_step, nearest_orthogonal
+from lowbit.transforms.learned import Learner
+from lowbit.transforms.online import OnlineTransform
 
 SPINQUANT = recipe_named("spinquant").transforms
 SHORT = Training(steps=6, batch=2, length=24)
@@ -66,24 +70,26 @@ def test_straight_through_has_the_gradient_of_its_input():
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-@pytest.mark.parametrize("local", [None, 16])
+@pytest.mark.parametrize("local, hidden", [(None, Rotate), (16, LearnRotation)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_learned_rotations_leave_fp64_logits_unchanged(local, bias):
+def test_learned_rotations_leave_fp64_logits_unchanged(local, hidden, bias):
     transforms = (
         FoldNorms(),
         LearnRotation("residual", local=local),
         LearnRotation("value", per_block=True),
-        Rotate("mlp_hidden"),
+        hidden("mlp_hidden"),
     )
     model = tiny_llama(bias=bias, tied=bias)
     fitted, report = learned(model, transforms)
     matrices = [
-        r.at(i).learned
+        matrix
         for r in fitted.rotations
         if isinstance(r, LearnedRotation)
         for i in range(len(r.rotations))
+        for matrix in r.at(i).learned
     ]
-    assert len(matrices) == 1 + 2 and all(is_orthogonal(m, 1e-12) for m in matrices)
+    assert len(matrices) == 1 + 2 + (hidden is LearnRotation)
+    assert all(is_orthogonal(m, 1e-12) for m in matrices)
     assert not torch.equal(matrices[1], matrices[2])
     model = tiny_llama(bias=bias, tied=bias, dtype=torch.float64)
     before = model(tiny_tokens()).logits
@@ -113,32 +119,63 @@ def test_learning_lowers_the_loss_and_spares_the_model():
 
 def test_same_seed_same_rotations():
     fitted = [learned(tiny_llama(), SPINQUANT, seed=seed)[0] for seed in (0, 0, 1)]
-    first, second, other = (f.rotations[0].at(0).learned for f in fitted)
+    first, second, other = (f.rotations[0].at(0).learned[0] for f in fitted)
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
-def test_spinquant_packs_what_it_learned(tmp_path):
+@pytest.mark.parametrize(
+    "name, intermediate, line",
+    [
+        ("spinquant-rtn", 96, "value: learned rotation of order 16, one a block"),
+        ("duarot-rtn", 96, "mlp_hidden: learned rotation of order 96"),
+        ("duarot-rtn", 1536, "mlp_hidden: learned rotation of order (12 (x) 128)"),
+    ],
+)
+def test_packed_saved_and_simulated_with_what_was_learned(name, intermediate, line, tmp_path):
     recipe = overridden(
-        recipe_named("spinquant-rtn"),
-        ["training.steps=3", "training.batch=1", "training.length=24"],
+        recipe_named(name), ["training.steps=3", "training.batch=1", "training.length=24"]
     )
     model = lowbit.quantize(
-        tiny_llama(), recipe, "w4a4kv4", calibration=tiny_tokens(8, 24), progress=False
+        tiny_llama(64, intermediate),
+        recipe,
+        "w4a4kv4",
+        calibration=tiny_tokens(8, 24),
+        progress=False,
     )
     report = model.lowbit_config.report
-    assert len(report["training"]["losses"]) == 3
-    assert "value: learned rotation of order 16, one a block" in report["transforms"]
+    assert len(report["training"]["losses"]) == 3 and line in report["transforms"]
+    learned_online = [name for name in model.state_dict() if ".rotation.matrix_" in name]
+    assert len(learned_online) == {"spinquant-rtn": 0}.get(name, 2 * (2 + (intermediate > 512)))
     lowbit.save(model, tmp_path / "saved")
-    loaded = lowbit.load(tmp_path / "saved")
-    assert torch.equal(loaded(tiny_tokens()).logits, model(tiny_tokens()).logits)
+    loaded, expected = lowbit.load(tmp_path / "saved"), model(tiny_tokens()).logits
+    assert torch.equal(loaded(tiny_tokens()).logits, expected)
+    assert torch.equal(to_fake(loaded)(tiny_tokens()).logits, expected)
+
+
+def test_learned_matrices_stay_fp32_and_are_checked():
+    rotation = OnlineMap(OnlineTransform("learned", 12, left=3))
+    assert rotation.transform.stages == ((3, 4), (4, 1))
+    matrices = [nearest_orthogonal(torch.randn(n, n)) for n in (3, 4)]
+    rotation.assign(matrices)
+    x = torch.randn(5, 24)
+    expected = x @ torch.block_diag(*[torch.kron(*matrices)] * 2)
+    torch.testing.assert_close(rotation(x), expected, rtol=0, atol=1e-5)
+    learner = Learner(rotation.transform, [m[None] for m in matrices], None)
+    torch.testing.assert_close(learner.turn(x, 0), expected, rtol=0, atol=1e-5)
+    assert {m.dtype for m in rotation.bfloat16().state_dict().values()} == {torch.float32}
+    with pytest.raises(InputError, match=r"must be \[\(3, 3\), \(4, 4\)\], got \[\(4, 4\)"):
+        rotation.assign(matrices[::-1])
+    with pytest.raises(InputError, match="left must be a divisor of a learned order"):
+        OnlineTransform("hadamard", 12, left=3)
 
 
 @pytest.mark.parametrize(
     "transform, message",
     [
-        (LearnRotation("heads"), "must be fused, which those of heads cannot be"),
+        (LearnRotation("heads"), "a rotation of heads cannot be learned: take Rotate"),
+        (LearnRotation("attention_input"), "a rotation of attention_input cannot be learned"),
         (LearnRotation("residual", per_block=True), "residual joins all blocks"),
-        (LearnRotation("residual", local=7), "local must divide 64, got 7"),
+        (LearnRotation("mlp_hidden", local=8), "local is for rotations that are fused"),
     ],
 )
 def test_what_cannot_be_learned(transform, message):
@@ -160,7 +197,7 @@ def test_whip_flattens_what_outliers_stand_out_of():
     x = torch.randn(512, 1, generator=generator) * torch.randn(32, generator=generator) * 4
     x = x + torch.randn(512, 32, generator=generator) * 0.5
     start = fit((LearnRotation("value"),), adapter_for(tiny_llama(128).config), 0)
-    start = start.rotations[0].at(0).learned.float()
+    start = start.rotations[0].at(0).learned[0].float()
     matrix, first, last = whip(x, start, Distribution(steps=100))
     assert last < first - 0.01 and is_orthogonal(matrix, 1e-5)
     errors = []

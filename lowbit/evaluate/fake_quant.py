@@ -24,11 +24,11 @@ from transformers.masking_utils import sdpa_mask
 from lowbit.errors import InputError
 from lowbit.formats import GROUP_SCALE_MAX, MIN_SCALE, IntFormat, Layout
 from lowbit.nn.attention import PROJECTIONS, QuantAttention
-from lowbit.nn.linear import QuantLinear, rotation_matrix
+from lowbit.nn.linear import QuantLinear
 from lowbit.nn.mlp import QuantMLP
-from lowbit.ops import dequantize, hadamard, to_layout
+from lowbit.nn.online_map import OnlineMap
+from lowbit.ops import dequantize, to_layout
 from lowbit.ops.kv_attention import attend
-from lowbit.transforms.online import OnlineTransform
 
 IMPLEMENTATION = "lowbit_fake"
 EXACT_FP32 = 2**24  # integers up to here are exact in fp32, and so are their sums
@@ -59,12 +59,9 @@ def fake_quantize(
     return scale * codes
 
 
-def rotate(x: Tensor, transform: OnlineTransform | None) -> Tensor:
+def rotate(x: Tensor, rotation: OnlineMap | None) -> Tensor:
     """x (I (x) R (x) I_inner)."""
-    if transform is None:
-        return x
-    matrix = rotation_matrix(transform, x.device)
-    return hadamard(x, transform.order, transform.inner, matrix, backend="reference")
+    return x if rotation is None else rotation(x, "reference")
 
 
 class FakeQuantLinear(nn.Module):
@@ -79,7 +76,7 @@ class FakeQuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.activation_format = linear.activation_format
-        self.activation_clip, self.transform = linear.activation_clip, linear.transform
+        self.activation_clip, self.rotation = linear.activation_clip, linear.rotation
         packed = linear.packed_weight
         if self.activation_format is None:
             weight, self.scale = dequantize(packed, torch.float32), None
@@ -98,7 +95,7 @@ class FakeQuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = rotate(x.to(self.weight.dtype), self.transform)
+        y = rotate(x.to(self.weight.dtype), self.rotation)
         if self.activation_format is None:
             return F.linear(y, self.weight, self.bias).to(x.dtype)
         codes, x_scale = fake_codes(y, self.activation_format, self.activation_clip)
@@ -131,11 +128,11 @@ def fake_attention(
     Plain causal calls run the reference's own sums; a mask (padding, chunks) goes through
     transformers' sdpa, equal to fp32 rounding.
     """
-    kv, clip, transform = module.fake_kv
+    kv, clip, rotation = module.fake_kv
     dtype, compute = query.dtype, torch.promote_types(query.dtype, torch.float32)
     query, key, value = (t.to(compute) for t in (query, key, value))
-    query = rotate(query, transform)
-    key = fake_quantize(rotate(key, transform), kv, clip, torch.float16)
+    query = rotate(query, rotation)
+    key = fake_quantize(rotate(key, rotation), kv, clip, torch.float16)
     value = fake_quantize(value, kv, clip, torch.float16)
     if attention_mask is not None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -184,5 +181,5 @@ def _ordinary_attention(module: QuantAttention) -> nn.Module:
         attention = module.replaced(module.config, module.layer_idx)
     for name in PROJECTIONS:
         setattr(attention, name, getattr(module, name))
-    attention.fake_kv = (module.kv, module.clip, module.transform)
+    attention.fake_kv = (module.kv, module.clip, module.rotation)
     return attention.train(module.training)

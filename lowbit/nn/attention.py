@@ -14,7 +14,8 @@ from transformers.masking_utils import causal_mask_function
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat
 from lowbit.nn.kv_cache import QuantKVCache
-from lowbit.nn.linear import check_same_input, rotation_matrix, shared_input
+from lowbit.nn.linear import check_same_input, shared_input
+from lowbit.nn.online_map import OnlineMap
 from lowbit.ops import kv_append, kv_attention
 from lowbit.transforms.online import OnlineTransform
 
@@ -61,7 +62,7 @@ class QuantAttention(nn.Module):
         super().__init__()
         _check_plain(attention)
         head_dim = attention.head_dim
-        if transform is not None and (transform.order, transform.inner) != (head_dim, 1):
+        if transform is not None and transform.stages != ((head_dim, 1),):
             raise InputError(
                 f"the rotation of q and k must have order {head_dim} (head_dim) and inner 1, got "
                 f"order {transform.order} and inner {transform.inner}"
@@ -69,7 +70,8 @@ class QuantAttention(nn.Module):
         self.config, self.layer_idx = attention.config, attention.layer_idx
         self.head_dim, self.scaling = head_dim, attention.scaling
         self.num_kv_heads = attention.config.num_key_value_heads
-        self.kv, self.clip, self.transform = kv, clip, transform
+        self.kv, self.clip = kv, clip
+        self.rotation = None if transform is None else OnlineMap(transform)
         self.replaced = type(attention)
         for name in PROJECTIONS:
             setattr(self, name, getattr(attention, name))
@@ -101,8 +103,9 @@ class QuantAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        rotate = self.transform is not None
-        matrix = rotation_matrix(self.transform, q.device) if rotate else None
+        rotate, matrix = self.rotation is not None, None
+        if rotate:
+            ((_, _, matrix),) = self.rotation.stages(q.device)
         q = kv_append(
             q, k, v, cos, sin, step.slot, pages, rotate, matrix, self.clip, backend=self.backend
         )

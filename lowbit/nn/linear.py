@@ -4,35 +4,22 @@
     y = weight_only_gemm(rotate(x), W) + bias        activation_format None
 
 State dict: codes, scale, zero_point (asymmetric weights only), channel_scale (two-level scales
-only), bias; canonical layout.
+only), bias; canonical layout. And what a rotation of the input has learned: rotation.matrix_0.
 
 In memory the codes of a layer lie as the kernels of their device read them (`QuantLinear.prepare`,
 `layout`), and are laid out anew when they are assigned, loaded or moved. So on a CPU they are
 ROW_MAJOR, and what is saved is ROW_MAJOR wherever it comes from.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, Layout, PackedTensor
-from lowbit.ops import hadamard, hadamard_quant, int_gemm, quantize, to_layout, weight_only_gemm
+from lowbit.nn.online_map import OnlineMap
+from lowbit.ops import hadamard_quant, int_gemm, quantize, to_layout, weight_only_gemm
 from lowbit.ops.kernel_layouts import input_layout, laid_out_for_device
 from lowbit.transforms.online import OnlineTransform
-
-
-@torch.compiler.assume_constant_result  # a compiled model holds it and does not make it anew
-def rotation_matrix(transform: OnlineTransform, device: torch.device) -> Tensor | None:
-    """transform.matrix on `device`, shared by all layers: it is neither saved nor moved."""
-    return _cached_matrix(transform, device)
-
-
-@cache
-def _cached_matrix(transform: OnlineTransform, device: torch.device) -> Tensor | None:
-    matrix = transform.matrix
-    return None if matrix is None else matrix.to(device)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -68,7 +55,8 @@ class QuantLinear(nn.Module):
             )
         self.in_features, self.out_features = in_features, out_features
         self.weight_format, self.activation_format = weight_format, activation_format
-        self.activation_clip, self.transform = activation_clip, transform
+        self.activation_clip = activation_clip
+        self.rotation = None if transform is None else OnlineMap(transform, device)
         self.dtype = dtype
         self.backend: str | None = None
         self.layout = Layout.ROW_MAJOR  # of self.codes, at this time
@@ -164,7 +152,7 @@ class QuantLinear(nn.Module):
         """x, rotated and quantized; linears that read the same input may share the result."""
         if self.activation_format is None:
             raise ValueError("quantize_input needs an activation_format: this layer is weight-only")
-        if self.transform is None:
+        if self.rotation is None:
             return quantize(
                 x,
                 self.activation_format,
@@ -172,16 +160,22 @@ class QuantLinear(nn.Module):
                 self.input_layout,
                 backend=self.backend,
             )
+        x, order, inner, matrix = self.rotation.last(x, self.backend)
         return hadamard_quant(
             x,
             self.activation_format,
-            self.transform.order,
-            self.transform.inner,
-            rotation_matrix(self.transform, x.device),
+            order,
+            inner,
+            matrix,
             self.activation_clip,
             self.input_layout,
             backend=self.backend,
         )
+
+    @property
+    def transform(self) -> OnlineTransform | None:
+        """What rotates the input."""
+        return None if self.rotation is None else self.rotation.transform
 
     @property
     def input_layout(self) -> Layout:
@@ -196,10 +190,8 @@ class QuantLinear(nn.Module):
         if self.activation_format is not None:
             packed = self.quantize_input(x)
             return int_gemm(packed, self.prepared_weight, self.bias, x.dtype, backend=self.backend)
-        if self.transform is not None:
-            matrix = rotation_matrix(self.transform, x.device)
-            order, inner = self.transform.order, self.transform.inner
-            x = hadamard(x, order, inner, matrix, backend=self.backend)
+        if self.rotation is not None:
+            x = self.rotation(x, self.backend)
         return weight_only_gemm(x, self.prepared_weight, self.bias, backend=self.backend)
 
     def _apply(self, fn, recurse=True):

@@ -1,13 +1,15 @@
 """QuantMLP: a gated MLP whose inputs are quantized, each once.
 
-h = quantize(rotate(act(gate(x)) * up(x)))       one op, silu_mul_hadamard_quant
+h = quantize(rotate(act(gate(x)) * up(x)))       one op, silu_mul_hadamard_quant, where the rotation
+                                                 has one stage
 y = down(h)
 """
 
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from lowbit.errors import InputError
-from lowbit.nn.linear import QuantLinear, check_same_input, rotation_matrix
+from lowbit.nn.linear import QuantLinear, check_same_input
 from lowbit.ops import silu_mul_hadamard_quant
 
 # transformers' hidden_act -> activation of the op
@@ -36,7 +38,7 @@ class QuantMLP(nn.Module):
                 f"the rotation of down_proj's input must have inner 1, got {transform.inner}"
             )
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
-        self.activation = ACTIVATIONS[hidden_act]
+        self.activation, self.act_fn = ACTIVATIONS[hidden_act], ACT2FN[hidden_act]
         self.backend: str | None = None
 
     @classmethod
@@ -49,13 +51,18 @@ class QuantMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         packed = self.gate_proj.quantize_input(x)
         gate, up = self.gate_proj(packed), self.up_proj(packed)
-        down, transform = self.down_proj, self.down_proj.transform
+        down, rotation = self.down_proj, self.down_proj.rotation
+        if rotation is not None and len(rotation.transform.stages) > 1:  # no kernel has two
+            return down(self.act_fn(gate) * up)
+        order, matrix = 0, None
+        if rotation is not None:
+            ((order, _, matrix),) = rotation.stages(x.device)
         hidden = silu_mul_hadamard_quant(
             gate,
             up,
             down.activation_format,
-            0 if transform is None else transform.order,
-            None if transform is None else rotation_matrix(transform, x.device),
+            order,
+            matrix,
             self.activation,
             down.activation_clip,
             down.input_layout,

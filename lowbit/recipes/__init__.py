@@ -3,12 +3,12 @@
 import difflib
 
 from lowbit.errors import InputError
-from lowbit.recipes import dartquant, plain, quarot, scales, spinquant
+from lowbit.recipes import dartquant, duarot, plain, quarot, scales, spinquant
 from lowbit.recipes.recipe import Calibration, Recipe, overridden, settings_of
 
 RECIPES = {
     recipe.name: recipe
-    for module in (plain, scales, quarot, spinquant, dartquant)
+    for module in (plain, scales, quarot, spinquant, duarot, dartquant)
     for recipe in vars(module).values()
     if isinstance(recipe, Recipe)
 }

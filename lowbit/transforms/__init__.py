@@ -1,6 +1,6 @@
 """Invertible maps on a space: how each is fitted, fused in fp64, or kept online."""
 
-from lowbit.transforms.fuse import FittedTransforms, FoldNorms, fit, hook_online, rotate
+from lowbit.transforms.fuse import FittedTransforms, FoldNorms, fit, rotate
 from lowbit.transforms.learned import LearnedRotation, LearnRotation
 from lowbit.transforms.online import OnlineTransform
 from lowbit.transforms.rotation import Rotate, Rotation
@@ -19,6 +19,5 @@ __all__ = [
     "Scale",
     "SmoothQuant",
     "fit",
-    "hook_online",
     "rotate",
 ]

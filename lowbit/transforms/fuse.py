@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.errors import InputError
 from lowbit.models.spaces import Adapter, Norm
@@ -34,17 +34,40 @@ class FittedTransforms:
     @property
     def input_transforms(self) -> dict[str, OnlineTransform]:
         """linear -> the online transform in front of it."""
+        return {name: rotation.base for name, rotation in self._online(0).items()}
+
+    @property
+    def query_key(self) -> OnlineTransform | None:
+        return next((r.base for r in self._in_query_key()), None)
+
+    def _in_query_key(self):
+        return (r for r in self.rotations if r.space == "query_key")
+
+    def learned_matrices(self, index: int) -> dict[str, tuple[Tensor, ...]]:
+        """What lowbit.nn.OnlineMap.assign takes in block `index`: by linear, and for q and k by the
+        name of the attention."""
+        online = self._online(index)
+        for rotation in self._in_query_key():
+            online[self.adapter.attention] = rotation.at(index)
+        return {name: rotation.learned for name, rotation in online.items() if rotation.learned}
+
+    def _online(self, index: int) -> dict[str, Rotation]:
+        """linear -> the rotation in front of it, in block `index`."""
         spaces = self.adapter.spaces
         return {
-            reader: rotation.base
+            reader: rotation.at(index)
             for rotation in self.rotations
             if not spaces[rotation.space].writers
             for reader in spaces[rotation.space].readers
         }
 
-    @property
-    def query_key(self) -> OnlineTransform | None:
-        return next((r.base for r in self.rotations if r.space == "query_key"), None)
+    def hook_online(self, block: nn.Module, index: int) -> list:
+        """Forward pre-hooks that rotate linears' inputs in the still unquantized block `index`;
+        their handles."""
+        return [
+            block.get_submodule(name).register_forward_pre_hook(_rotate_input(rotation))
+            for name, rotation in self._online(index).items()
+        ]
 
     def fuse_block(self, block: nn.Module, index: int):
         """Fuse into the tensors of block `index`, in place, computing in fp64."""
@@ -78,7 +101,7 @@ class FittedTransforms:
         self.fuse_ends(model)
         for index, block in enumerate(model.get_submodule(self.adapter.block_path)):
             self.fuse_block(block, index)
-            hook_online(block, self.input_transforms)
+            self.hook_online(block, index)
 
     def report(self) -> list[str]:
         folded = ["RMSNorm gains folded into the linears that read them"] if self.fold_norms else []
@@ -124,16 +147,7 @@ def _fold(module: nn.Module, norm: Norm):
     gain.fill_(1.0)
 
 
-def hook_online(block: nn.Module, input_transforms: dict[str, OnlineTransform]) -> list:
-    """Forward pre-hooks that rotate linears' inputs in a still unquantized block; their handles."""
-    return [
-        block.get_submodule(name).register_forward_pre_hook(_rotate_input(transform))
-        for name, transform in input_transforms.items()
-    ]
-
-
-def _rotate_input(transform: OnlineTransform):
-    rotation = Rotation("input", transform, None)
+def _rotate_input(rotation: Rotation):
     return lambda module, args: (rotation.apply(args[0]), *args[1:])
 
 

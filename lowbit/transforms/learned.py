@@ -1,24 +1,34 @@
 """Rotations that are learned: where each begins, what is learned of it, what comes of it."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import InputError
+from lowbit.hadamard import exists
 from lowbit.models.spaces import Space
 from lowbit.transforms.cayley import nearest_orthogonal
+from lowbit.transforms.online import OnlineTransform
 from lowbit.transforms.rotation import Rotate, Rotation
+
+# Up to here a dense product of activations costs a GPU no more than a fast Hadamard transform
+# (DuaRot, equation 11, on an A100): factors of what runs online are at most that large.
+LARGEST_ONLINE = 512
 
 
 @dataclass(frozen=True)
 class LearnRotation:
-    """Rotate `space` by an orthogonal matrix that lowbit/training.py learns.
+    """Rotate `space` by an orthogonal matrix that lowbit/training.py or distribution.py learns.
 
     per_block  each block has one of its own, where the space does not join blocks
-    local      DuaRot: R = R_global R_local, R_local block-diagonal in blocks of this size
+    local      DuaRot: R = R_global R_local, R_local block-diagonal in blocks of this size, or of
+               what it has in common with the space's
 
-    It begins at what Rotate(space, random_signs=True) gives, R_local at the identity.
+    What is fused is one matrix, and begins at what Rotate(space, random_signs=True) gives, R_local
+    at the identity. What must run online is dense up to LARGEST_ONLINE, and else A (x) B of two
+    factors that are; it begins at Hadamard matrices.
     """
 
     space: str
@@ -26,21 +36,43 @@ class LearnRotation:
     local: int | None = None
 
     def fit(self, space: Space, generator: torch.Generator) -> "LearnedRotation":
-        if not space.writers or space.inner != 1:
-            raise InputError(
-                f"a learned rotation must be fused, which those of {self.space} cannot be"
-            )
         if self.per_block and space.embedding:
             raise InputError(f"{self.space} joins all blocks: its rotation cannot be per_block")
-        if self.local is not None and space.dim % self.local:
-            raise InputError(f"local must divide {space.dim}, got {self.local}")
-        start = Rotate(self.space, random_signs=True).fit(space, generator)
-        start = replace(
-            start,
-            base=replace(start.base, order=space.dim),
-            learned=start.apply(torch.eye(space.dim, dtype=torch.float64)),
+        if len(space.readers) > 1 and not space.writers or space.inner != 1:
+            raise InputError(f"a rotation of {self.space} cannot be learned: take Rotate")
+        if self.local is not None and not space.writers:
+            raise InputError(f"local is for rotations that are fused, unlike those of {self.space}")
+        left = 1 if space.writers else _left_factor(space.dim, self.space)
+        base = OnlineTransform("learned", space.dim, left=left)
+        start = tuple(
+            _start(order, replace(space, dim=order), self.space, bool(space.writers), generator)
+            for order, _ in base.stages
         )
-        return LearnedRotation(self, (start,))
+        return LearnedRotation(self, (Rotation(self.space, base, None, start),))
+
+
+def _start(
+    order: int, space: Space, name: str, random_signs: bool, generator: torch.Generator
+) -> Tensor:
+    start = Rotate(name, random_signs).fit(space, generator)
+    return start.apply(torch.eye(order, dtype=torch.float64))
+
+
+def _left_factor(dim: int, name: str) -> int:
+    """The order of A in A (x) B, both at most LARGEST_ONLINE, B a power of two as large as can be;
+    1: there is no A."""
+    if dim <= LARGEST_ONLINE:
+        return 1
+    right = LARGEST_ONLINE
+    while right > 1:
+        left = dim // right
+        if dim % right == 0 and left <= LARGEST_ONLINE and exists(left):
+            return left
+        right //= 2
+    raise InputError(
+        f"{name} of {dim} features has no two Hadamard orders up to {LARGEST_ONLINE} as factors: "
+        "its rotation cannot be learned, take Rotate"
+    )
 
 
 @dataclass(frozen=True)
@@ -55,7 +87,7 @@ class LearnedRotation:
         return self.spec.space
 
     @property
-    def base(self):
+    def base(self) -> OnlineTransform:
         return self.rotations[0].base
 
     def at(self, index: int) -> Rotation:
@@ -64,36 +96,49 @@ class LearnedRotation:
 
     def learner(self, num_blocks: int, device: torch.device) -> "Learner":
         count = num_blocks if self.spec.per_block else 1
-        start = torch.stack([self.at(i).learned for i in range(count)])
-        return Learner(start.to(device), self.spec.local)
+        start = [torch.stack([m] * count).to(device) for m in self.rotations[0].learned]
+        local = self.spec.local and math.gcd(self.spec.local, self.base.order)
+        return Learner(self.base, start, local)
 
-    def replaced(self, matrices: Tensor) -> "LearnedRotation":
-        """With what was learned, [1 or blocks, n, n]; made orthogonal to fp64."""
-        start = self.rotations[0]
-        matrices = nearest_orthogonal(matrices.detach().double().cpu())
-        return replace(self, rotations=tuple(replace(start, learned=m) for m in matrices))
+    def replaced(self, matrices: list[Tensor]) -> "LearnedRotation":
+        """With what was learned, [1 or blocks, n, n] of each stage; made orthogonal to fp64."""
+        stages = [nearest_orthogonal(m.detach().double().cpu()) for m in matrices]
+        each = zip(*(stage.unbind() for stage in stages), strict=True)
+        rotations = tuple(replace(self.rotations[0], learned=learned) for learned in each)
+        return replace(self, rotations=rotations)
 
     def __str__(self) -> str:
+        left = self.base.left
+        kind = f"({left} (x) {self.base.order // left})" if left > 1 else f"{self.base.order}"
         local = "" if self.spec.local is None else f" times blocks of {self.spec.local}"
         each = ", one a block" if self.spec.per_block else ""
-        return f"{self.space}: learned rotation of order {self.base.order}{local}{each}"
+        return f"{self.space}: learned rotation of order {kind}{local}{each}"
 
 
 class Learner(nn.Module):
-    """Orthogonal matrices [count, n, n] as they are learned, fp32."""
+    """Orthogonal matrices [count, n, n] of each stage as they are learned, fp32."""
 
-    def __init__(self, start: Tensor, local: int | None):
+    def __init__(self, base: OnlineTransform, start: list[Tensor], local: int | None):
         super().__init__()
-        count, n, _ = start.shape
-        self.whole = nn.Parameter(start.float())
+        self.base = base
+        self.whole = nn.ParameterList([nn.Parameter(m.float()) for m in start])
         self.local = None
         if local is not None:
-            eye = torch.eye(local, device=start.device)
+            count, n, _ = start[0].shape
+            eye = torch.eye(local, device=start[0].device)
             self.local = nn.Parameter(eye.expand(count, n // local, -1, -1).clone())
 
-    def matrices(self) -> Tensor:
+    def matrices(self) -> list[Tensor]:
         if self.local is None:
-            return self.whole
+            return list(self.whole)
         size = self.local.shape[-1]
-        blocks = self.whole.unflatten(-1, (-1, size)).transpose(1, 2) @ self.local
-        return blocks.transpose(1, 2).flatten(-2)
+        blocks = self.whole[0].unflatten(-1, (-1, size)).transpose(1, 2) @ self.local
+        return [blocks.transpose(1, 2).flatten(-2)]
+
+    def turn(self, x: Tensor, index: int) -> Tensor:
+        """x [..., K] times I (x) R of one block, differentiable in both."""
+        for (order, inner), stage in zip(self.base.stages, self.matrices(), strict=True):
+            matrix = stage[index % len(stage)]
+            parts = x.unflatten(-1, (-1, order, inner)).transpose(-1, -2)
+            x = (parts @ matrix).transpose(-1, -2).flatten(-3)
+        return x

@@ -5,6 +5,9 @@
 with R = H_order / sqrt(order) for kind "hadamard", or the orthogonal discrete Hartley matrix for
 kind "hartley", which exists for every order: what spreads outliers over 9 heads, where no Hadamard
 matrix exists. Hartley entries are bounded by sqrt(2 / order) (Hartley 1942; Bracewell 1983).
+
+For kind "learned" R is any orthogonal matrix; with left > 1 it is A (x) B, A of order `left`, which
+runs as two stages. lowbit/nn/online_map.py holds the matrices.
 """
 
 import math
@@ -16,7 +19,7 @@ from torch import Tensor
 from lowbit.errors import InputError
 from lowbit.hadamard import hadamard_matrix
 
-KINDS = ("hadamard", "hartley")
+KINDS = ("hadamard", "hartley", "learned")
 
 
 def hartley_matrix(n: int) -> Tensor:
@@ -29,19 +32,31 @@ def hartley_matrix(n: int) -> Tensor:
 @dataclass(frozen=True)
 class OnlineTransform:
     """R of `order` acting on x's last dim viewed as [..., order, inner]; 1 <= order * inner <= K,
-    a divisor of K."""
+    a divisor of K. left: only of learned ones, a divisor of order."""
 
     kind: str
     order: int
     inner: int = 1
+    left: int = 1
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise InputError(f"transform kind must be one of {KINDS}, got {self.kind!r}")
+        if self.left != 1 and (self.kind != "learned" or self.order % self.left):
+            raise InputError(f"left must be a divisor of a learned order, got {self}")
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """(order, inner) of what runs one after the other."""
+        if self.left == 1:
+            return ((self.order, self.inner),)
+        right = self.order // self.left
+        return ((self.left, right * self.inner), (right, self.inner))
 
     @property
     def matrix(self) -> Tensor | None:
-        """R for the ops' `matrix` argument, fp32; None stands for H / sqrt(order)."""
+        """R for the ops' `matrix` argument, fp32; None stands for H / sqrt(order). Not of learned
+        ones, which are no constants."""
         return None if self.kind == "hadamard" else hartley_matrix(self.order).float()
 
     def dense(self) -> Tensor:
@@ -51,4 +66,5 @@ class OnlineTransform:
         return hadamard_matrix(self.order).double() / math.sqrt(self.order)
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        fields = asdict(self)
+        return fields if self.left != 1 else {k: v for k, v in fields.items() if k != "left"}

@@ -22,13 +22,13 @@ LARGEST_DENSE = 128  # up to here a missing Hadamard order is replaced by a dens
 class Rotation:
     """x -> x (I (x) R (x) I_inner) with R = diag(signs) * base; orthogonal, so R^-T = R.
 
-    learned  fp64 [order, order], takes the place of diag(signs) * base
+    learned  fp64 [order, order] of each stage of base; base is of kind "learned", signs are None
     """
 
     space: str
     base: OnlineTransform
     signs: Tensor | None  # fp64 [dim] of +-1, None: all ones
-    learned: Tensor | None = None
+    learned: tuple[Tensor, ...] = ()
 
     def at(self, index: int) -> "Rotation":
         """That of one block: the same for all."""
@@ -36,9 +36,10 @@ class Rotation:
 
     def apply(self, x: Tensor) -> Tensor:
         """x R for the rows of x [..., K], in x's dtype (fp64 to fuse)."""
-        if self.learned is not None:
-            learned = self.learned.to(x)
-            return HADAMARD.reference(x, self.base.order, self.base.inner, learned)
+        if self.learned:
+            for (order, inner), matrix in zip(self.base.stages, self.learned, strict=True):
+                x = HADAMARD.reference(x, order, inner, matrix.to(x))
+            return x
         if self.signs is not None:
             tiled = self.signs.repeat_interleave(self.base.inner)
             x = x * tiled.repeat(x.shape[-1] // tiled.numel()).to(x)
