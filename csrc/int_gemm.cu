@@ -55,11 +55,6 @@ using AllOperands = std::tuple<
     Operands<IntGemmKind::kBytes8, false, false>, Operands<IntGemmKind::kBytes8, true, false>,
     Operands<IntGemmKind::kInt4, false, false>, Operands<IntGemmKind::kInt4, true, false>>;
 
-template <class Types, class Visit>
-void for_each(Visit visit) {
-  std::apply([&](auto... each) { (visit(each), ...); }, Types());
-}
-
 // Estimates, in clocks of an SM (docs/notes/0004): of a stage of each tile, at the rate that takes
 // so many blocks an SM; and what a block costs besides, and a split.
 struct TileCost {
@@ -70,69 +65,39 @@ static_assert(std::size(kTileCosts) == std::tuple_size_v<Tiles>, "a cost for eac
 constexpr int kBlockStages = 2;     // as many stages: the first copies' latency, the epilogue
 constexpr int kSplitStages = 2;     // a block's sums to L2, and from there
 constexpr int kSplitClocks = 4000;  // once: the arrivals are zeroed, the last block waits for them
-constexpr int kMaxSplits = 32;
 
-struct Plan {
-  int tile, tiles;  // index in Tiles, and how many cover y
-  int splits, stages_per_split;
-};
-
-// The tile and the split of K with the shortest estimated time.
-Plan plan(int64_t M, int64_t N, int64_t K, bool is_int4, int num_sms) {
+TilePlan plan(int64_t M, int64_t N, int64_t K, bool is_int4, int num_sms) {
   const int stages = static_cast<int>(ceil_div<int64_t>(K, kRowBytes * (is_int4 ? 2 : 1)));
-  Plan best = {};
-  int64_t shortest = INT64_MAX;
-  int index = 0, tokens_before = 0;
-  for_each<Tiles>([&](auto tile) {
-    const int this_index = index++;
-    if (tokens_before >= M) return;  // a smaller tile holds all tokens
-    tokens_before = tile.kTokens;
-    const TileCost cost = kTileCosts[this_index];
-    const int64_t tiles = ceil_div<int64_t>(M, tile.kTokens) * ceil_div<int64_t>(N, tile.kChannels);
-    for (int splits = 1; splits <= kMaxSplits && splits <= stages; ++splits) {
-      const int of_split = ceil_div(stages, splits);
-      if (ceil_div(stages, of_split) != splits) continue;  // as fewer splits do
-      const int64_t rounds = ceil_div<int64_t>(tiles * splits, num_sms);
-      const int64_t of_block = of_split + kBlockStages + (splits > 1 ? kSplitStages : 0);
-      const int64_t time =
-          std::max<int64_t>(rounds, cost.blocks_to_fill) * of_block * cost.stage_clocks +
-          (splits > 1 ? kSplitClocks : 0);
-      if (time < shortest) {
-        shortest = time;
-        best = {this_index, static_cast<int>(tiles), splits, of_split};
-      }
-    }
-  });
-  return best;
+  return fastest_plan<Tiles>(
+      M, N, [&](auto) { return stages; },
+      [&](auto, int tile, int64_t tiles, int splits, int stages_of_split) {
+        const auto [stage_clocks, blocks_to_fill] = kTileCosts[tile];
+        const int64_t rounds = ceil_div<int64_t>(tiles * splits, num_sms);
+        const int64_t of_block = stages_of_split + kBlockStages + (splits > 1 ? kSplitStages : 0);
+        return std::max<int64_t>(rounds, blocks_to_fill) * of_block * stage_clocks +
+               (splits > 1 ? kSplitClocks : 0);
+      });
 }
 
 template <class G>
-void launch_gemm(const IntGemmArguments& a, const Plan& plan, const Tensor& like) {
-  std::optional<Tensor> workspace, arrivals;
-  if (plan.splits > 1) {
-    workspace =
-        new_empty(like, {plan.tiles, plan.splits, G::kChannels * G::kTokens}, ScalarType::Int);
-    const std::vector<int64_t> sizes{plan.tiles};
-    arrivals = torch::stable::new_zeros(like, sizes, ScalarType::Int);
-  }
+void launch_gemm(const IntGemmArguments& a, const TilePlan& plan, const Tensor& like) {
+  const SplitMemory<G> memory(plan, ScalarType::Int, like);
   launch({"int_gemm", text("M=", a.M, " N=", a.N, " K=", a.K), a.device,
           dim3(plan.tiles, plan.splits), G::kThreads, G::kSmemBytes},
-         &int_gemm_kernel<G>, a, workspace ? pointer<int4>(*workspace) : nullptr,
-         arrivals ? pointer<int>(*arrivals) : nullptr, plan.stages_per_split);
+         &int_gemm_kernel<G>, a, memory.workspace(), memory.counters(), plan.stages_per_split);
 }
 
 }  // namespace
 
 void int_gemm_mma(const IntGemmArguments& a, const Tensor& like) {
-  const Plan chosen = plan(a.M, a.N, a.K, a.kind == IntGemmKind::kInt4, a.num_sms);
+  const TilePlan chosen = plan(a.M, a.N, a.K, a.kind == IntGemmKind::kInt4, a.num_sms);
   const bool asymmetric = a.x_zero_point != nullptr, two_level = a.w_group_scale != nullptr;
   bool found = false;
-  for_each<AllOperands>([&](auto operands) {
+  for_each<AllOperands>([&](auto operands, int) {
     using O = decltype(operands);
     if (O::kKind != a.kind || O::kAsymmetric != asymmetric || O::kTwoLevel != two_level) return;
-    int index = 0;
-    for_each<Tiles>([&](auto tile) {
-      if (index++ == chosen.tile) launch_gemm<Gemm<O, decltype(tile)>>(a, chosen, like);
+    for_each<Tiles>([&](auto tile, int index) {
+      if (index == chosen.tile) launch_gemm<Gemm<O, decltype(tile)>>(a, chosen, like);
     });
     found = true;
   });
@@ -142,13 +107,6 @@ void int_gemm_mma(const IntGemmArguments& a, const Tensor& like) {
 namespace {
 
 // ---- the op
-
-FloatType float_type(const char* name, ScalarType type) {
-  if (type == ScalarType::Float) return FloatType::kFloat;
-  if (type == ScalarType::Half) return FloatType::kHalf;
-  check(type == ScalarType::BFloat16, text("int_gemm: ", name, " must be fp32, fp16 or bf16"));
-  return FloatType::kBFloat16;
-}
 
 Tensor int_gemm(const Tensor& x_codes, const Tensor& x_scale,
                 const std::optional<Tensor>& x_zero_point, const Tensor& w_codes,
@@ -194,10 +152,10 @@ Tensor int_gemm(const Tensor& x_codes, const Tensor& x_scale,
   const Tensor& channel_scale = two_level ? *w_channel_scale : w_scale;
   expect("the scale of w's channels", channel_scale, ScalarType::Float, N);
   if (bias) {
-    a.bias_type = float_type("bias", bias->scalar_type());
+    a.bias_type = float_type("int_gemm", "bias", bias->scalar_type());
     expect("bias", *bias, bias->scalar_type(), N);
   }
-  a.y_type = float_type("out_dtype", out_dtype);
+  a.y_type = float_type("int_gemm", "out_dtype", out_dtype);
   if (residual) expect("residual", *residual, out_dtype, M * N);
 
   Tensor y = new_empty(x_codes, {M, N}, out_dtype);
@@ -223,19 +181,12 @@ std::string describe(const int64_t* numbers, int n, int sm, int num_sms) {
   if (sm == 90 && int_gemm_wgmma_plan != nullptr && numbers[3] != 1) {
     return int_gemm_wgmma_plan(numbers, num_sms);
   }
-  const Plan chosen = plan(numbers[0], numbers[1], numbers[2], numbers[3] == 1, num_sms);
-  std::string name;
-  int index = 0;
-  for_each<Tiles>([&](auto tile) {
-    if (index++ == chosen.tile) name = tile.name();
-  });
-  return text(name, ": ", chosen.tiles, " tiles x ", chosen.splits, " splits of ",
-              chosen.stages_per_split, " stages");
+  return describe_plan<Tiles>(plan(numbers[0], numbers[1], numbers[2], numbers[3] == 1, num_sms));
 }
 
 const bool kRegistered = [] {
-  for_each<AllOperands>([](auto operands) {
-    for_each<Tiles>([&](auto tile) {
+  for_each<AllOperands>([](auto operands, int) {
+    for_each<Tiles>([](auto tile, int) {
       using G = Gemm<decltype(operands), decltype(tile)>;
       static const std::string name = G::name() + "_" + tile.name();
       register_kernel({"int_gemm", name.c_str(), reinterpret_cast<const void*>(&int_gemm_kernel<G>),

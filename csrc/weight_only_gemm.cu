@@ -17,6 +17,7 @@
 //   step 5  sums through shared memory, tokens in rows; bias; 16 bytes a store
 // Few tokens: bound by the weights' bytes; many: by the matrix units (docs/notes/0006).
 
+#include <algorithm>
 #include <iterator>
 
 #include "common/weight_only_gemm.cuh"
@@ -44,11 +45,6 @@ using AllOperands = std::tuple<Operands<__half, 4, false>, Operands<__half, 8, f
                                Operands<__nv_bfloat16, 4, false>, Operands<__nv_bfloat16, 8, false>,
                                Operands<__nv_bfloat16, 8, true>>;
 
-template <class Types, class Visit>
-void for_each(Visit visit) {
-  std::apply([&](auto... each) { (visit(each), ...); }, Types());
-}
-
 // What a stage of each tile costs, in clocks of an SM, with weights of 4 bits and what every 4 bits
 // more add, and how many blocks an SM needs to be that fast: estimates, docs/notes/0006.
 struct TileCost {
@@ -57,67 +53,30 @@ struct TileCost {
 constexpr TileCost kTileCosts[] = {{440, 440, 3}, {460, 440, 3}, {230, 20, 2}, {850, 40, 1}};
 static_assert(std::size(kTileCosts) == std::tuple_size_v<Tiles>, "a cost for each tile");
 constexpr int kBlockColumns = 256, kSplitColumns = 128;  // what a block, and a split, costs besides
-constexpr int kMaxSplits = 32;
 
-struct Plan {
-  int tile, tiles;  // index in Tiles, and how many cover y
-  int splits, stages_per_split;
-};
-
-// The tile and the split of K with the shortest estimated time.
-Plan plan(int64_t M, int64_t N, int64_t K, int bits, int num_sms) {
-  Plan best = {};
-  int64_t shortest = INT64_MAX;
-  int index = 0, tokens_before = 0;
-  for_each<Tiles>([&](auto tile) {
-    const int this_index = index++;
-    if (tokens_before >= M) return;  // a smaller tile holds all tokens
-    tokens_before = tile.kTokens;
-    const auto [base, of_4_bits, blocks_to_fill] = kTileCosts[this_index];
-    const int clocks = base + (bits / 4 - 1) * of_4_bits;
-    const int stages = static_cast<int>(ceil_div<int64_t>(K, tile.kStageK));
-    const int64_t tiles = ceil_div<int64_t>(M, tile.kTokens) * ceil_div<int64_t>(N, tile.kChannels);
-    for (int splits = 1; splits <= kMaxSplits && splits <= stages; ++splits) {
-      const int of_split = ceil_div(stages, splits);
-      if (ceil_div(stages, of_split) != splits) continue;  // as fewer splits do
-      const int64_t rounds = ceil_div<int64_t>(tiles * splits, num_sms);
-      const int columns =
-          of_split * tile.kStageK + kBlockColumns + (splits > 1 ? kSplitColumns : 0);
-      const int64_t time =
-          std::max<int64_t>(rounds, blocks_to_fill) * clocks * columns / tile.kStageK;
-      if (time < shortest) {
-        shortest = time;
-        best = {this_index, static_cast<int>(tiles), splits, of_split};
-      }
-    }
-  });
-  return best;
+TilePlan plan(int64_t M, int64_t N, int64_t K, int bits, int num_sms) {
+  return fastest_plan<Tiles>(
+      M, N, [&](auto tile) { return static_cast<int>(ceil_div<int64_t>(K, tile.kStageK)); },
+      [&](auto tile, int index, int64_t tiles, int splits, int stages_of_split) {
+        const auto [base, of_4_bits, blocks_to_fill] = kTileCosts[index];
+        const int clocks = base + (bits / 4 - 1) * of_4_bits;
+        const int64_t rounds = ceil_div<int64_t>(tiles * splits, num_sms);
+        const int columns =
+            stages_of_split * tile.kStageK + kBlockColumns + (splits > 1 ? kSplitColumns : 0);
+        return std::max<int64_t>(rounds, blocks_to_fill) * clocks * columns / tile.kStageK;
+      });
 }
 
 template <class G>
-void launch_gemm(const Arguments& a, const Plan& plan, int device, const Tensor& like) {
-  std::optional<Tensor> workspace, arrivals;
-  if (plan.splits > 1) {
-    workspace =
-        new_empty(like, {plan.tiles, plan.splits, G::kChannels * G::kTokens}, ScalarType::Float);
-    const std::vector<int64_t> sizes{plan.tiles};
-    arrivals = torch::stable::new_zeros(like, sizes, ScalarType::Int);
-  }
+void launch_gemm(const Arguments& a, const TilePlan& plan, int device, const Tensor& like) {
+  const SplitMemory<G> memory(plan, ScalarType::Float, like);
   launch({"weight_only_gemm", text("M=", a.M, " N=", a.N, " K=", a.K), device,
           dim3(plan.tiles, plan.splits), G::kThreads, G::kSmemBytes},
-         &weight_only_gemm_kernel<G>, a, workspace ? pointer<int4>(*workspace) : nullptr,
-         arrivals ? pointer<int>(*arrivals) : nullptr, plan.stages_per_split);
+         &weight_only_gemm_kernel<G>, a, memory.workspace(), memory.counters(),
+         plan.stages_per_split);
 }
 
 // ---- the op
-
-FloatType float_type(const char* name, ScalarType type) {
-  if (type == ScalarType::Float) return FloatType::kFloat;
-  if (type == ScalarType::Half) return FloatType::kHalf;
-  check(type == ScalarType::BFloat16,
-        text("weight_only_gemm: ", name, " must be fp32, fp16 or bf16"));
-  return FloatType::kBFloat16;
-}
 
 // log2 of a group's elements.
 int group_shift(int64_t K, int64_t groups) {
@@ -158,12 +117,12 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_
   const int64_t tiles = ceil_div<int64_t>(N, kFragmentTile) * ceil_div<int64_t>(K, kFragmentTile);
   expect("x", x, x.scalar_type(), M * K);
   expect("w_codes", w_codes, ScalarType::Byte, tiles * kFragmentTile * kFragmentTile * bits / 8);
-  a.scale_type = float_type("w_scale", w_scale.scalar_type());
+  a.scale_type = float_type("weight_only_gemm", "w_scale", w_scale.scalar_type());
   check(a.scale_type != FloatType::kBFloat16, "weight_only_gemm: w_scale must be fp32 or fp16");
   expect("w_scale", w_scale, w_scale.scalar_type(), N * G, 4);
   if (w_zero_point) expect("w_zero_point", *w_zero_point, ScalarType::Byte, N * G, 1);
   if (bias) {
-    a.bias_type = float_type("bias", bias->scalar_type());
+    a.bias_type = float_type("weight_only_gemm", "bias", bias->scalar_type());
     expect("bias", *bias, bias->scalar_type(), N);
   }
   Tensor y = new_empty(x, {M, N}, x.scalar_type());
@@ -175,14 +134,13 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_
   a.bias = pointer<char>(bias);
   a.y = pointer<void>(y);
 
-  const Plan chosen = plan(M, N, K, bits, device_num_sms(device));
+  const TilePlan chosen = plan(M, N, K, bits, device_num_sms(device));
   const bool two_terms = !is_half && bits == 8 && w_zero_point.has_value();
-  for_each<AllOperands>([&](auto operands) {
+  for_each<AllOperands>([&](auto operands, int) {
     using O = decltype(operands);
     if (O::kIsHalf != is_half || O::kBits != bits || O::kTwoTerms != two_terms) return;
-    int index = 0;
-    for_each<Tiles>([&](auto tile) {
-      if (index++ == chosen.tile) launch_gemm<Gemm<O, decltype(tile)>>(a, chosen, device, x);
+    for_each<Tiles>([&](auto tile, int index) {
+      if (index == chosen.tile) launch_gemm<Gemm<O, decltype(tile)>>(a, chosen, device, x);
     });
   });
   return y;
@@ -191,20 +149,13 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_
 // numbers: M, N, K, and the stored bits of the weights
 std::string describe(const int64_t* numbers, int n, int, int num_sms) {
   if (n != 4) return "numbers must be M, N, K and the stored bits of the weights";
-  const Plan chosen =
-      plan(numbers[0], numbers[1], numbers[2], static_cast<int>(numbers[3]), num_sms);
-  std::string name;
-  int index = 0;
-  for_each<Tiles>([&](auto tile) {
-    if (index++ == chosen.tile) name = tile.name();
-  });
-  return text(name, ", ", chosen.tiles, " tiles, ", chosen.splits, " splits of ",
-              chosen.stages_per_split, " stages");
+  return describe_plan<Tiles>(
+      plan(numbers[0], numbers[1], numbers[2], static_cast<int>(numbers[3]), num_sms));
 }
 
 const bool kRegistered = [] {
-  for_each<AllOperands>([](auto operands) {
-    for_each<Tiles>([&](auto tile) {
+  for_each<AllOperands>([](auto operands, int) {
+    for_each<Tiles>([](auto tile, int) {
       using G = Gemm<decltype(operands), decltype(tile)>;
       static const std::string name = G::name() + "_" + tile.name();
       register_kernel({"weight_only_gemm", name.c_str(),

@@ -77,7 +77,7 @@ def stand_for(num_sms: int):
 
 
 def plan(M: int, N: int, K: int, bits: int, num_sms: int) -> str:
-    """What the launcher chooses, such as "64x8, 2 tiles, 3 splits of 4 stages"."""
+    """What the launcher chooses, such as "64x8: 2 tiles x 3 splits of 4 stages"."""
     function = ctypes.CDLL(str(cuda.LIBRARY.path)).lowbit_plan
     function.restype = ctypes.c_char_p
     numbers = (ctypes.c_int64 * 4)(M, N, K, bits)
@@ -99,7 +99,7 @@ def test_tokens(M, symmetric, bits, dtype):
 def test_tokens_reach_every_tile():
     for bits in (4, 8):
         plans = [plan(M, 200, 392, bits, 1) for M in TOKENS]
-        assert {chosen.split(",")[0] for chosen in plans} == TILES
+        assert {chosen.split(":")[0] for chosen in plans} == TILES
 
 
 @on_sm80
@@ -172,7 +172,7 @@ def test_split_k(tile, shape, bits, dtype):
     M, N, num_sms = shape
     stand_for(num_sms)
     chosen = plan(M, N, 2080, bits, num_sms)
-    assert chosen.startswith(f"{tile},") and ", 1 splits" not in chosen
+    assert chosen.startswith(f"{tile}:") and "x 1 splits" not in chosen
     for format in (IntFormat(bits), IntFormat(bits, False, 32)):
         assert_exact(M, N, 2080, format, dtype, torch.randint(-9, 10, (N,)).half())
 
@@ -241,7 +241,7 @@ def test_the_same_bits_twice(dtype):
     for M, N, num_sms in SPLITS.values():
         stand_for(num_sms)
         w = random_weight(N, 2080, IntFormat(4, False, 32))
-        assert ", 1 splits" not in plan(M, N, 2080, 4, num_sms)
+        assert "x 1 splits" not in plan(M, N, 2080, 4, num_sms)
         x = torch.randn(M, 2080).to(dtype)
         assert_bitwise(on_cuda(x, w), on_cuda(x, w))
 

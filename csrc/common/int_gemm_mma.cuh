@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/fragments.cuh"
+#include "common/gemm_tiles.cuh"
 #include "common/int_gemm.cuh"
 #include "common/nibbles.cuh"
 #include "common/ptx.cuh"
@@ -15,10 +16,7 @@ constexpr int kRowChunks = kRowBytes / kChunk;
 constexpr int kSteps = 4;       // of a stage: the K of one instruction each, 32 bytes of a row,
 constexpr int kGroupStep = 32;  // which are 32 codes where scales have two levels
 constexpr int kRowPad = 4;      // int32; spreads step 6's writes over the banks
-constexpr int kTokenTiles = 8;  // neighbours in M that share weights in L2
 constexpr int kMaxStages = 4;
-
-__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 template <int kChannels_, int kTokens_, int kWarpsN_, int kWarpsM_, int kMaxKilobytes_,
           int kMinBlocks_>
@@ -79,26 +77,6 @@ struct Gemm : Operands_, Tile {
   static_assert(kStageBytes % 128 == 0, "rows keep their banks in every stage");
   static_assert(kSmemBytes <= 99 * 1024, "what a block can have on sm_86, sm_89 and sm_120");
 };
-
-// What a block computes.
-struct Work {
-  int m0, n0;         // its first token and channel
-  int tile;           // its index among those of one split
-  int stage, stages;  // the first of K, and how many
-};
-
-// Blocks of kTokenTiles neighbours in M and all of N follow each other, M fastest.
-template <class G>
-__device__ __forceinline__ Work work_of(const IntGemmArguments& a, int stages_per_split) {
-  const int tiles_m = ceil_div(a.M, G::kTokens), tiles_n = ceil_div(a.N, G::kChannels);
-  const int tile = blockIdx.x, first = tile / (kTokenTiles * tiles_n) * kTokenTiles;
-  const int width = smaller(tiles_m - first, kTokenTiles);
-  const int within = tile % (kTokenTiles * tiles_n);
-  const int stage = blockIdx.y * stages_per_split;
-  const int stages = ceil_div(a.K, G::kStageK) - stage;
-  return {(first + within % width) * G::kTokens, within / width * G::kChannels, tile, stage,
-          smaller(stages, stages_per_split)};
-}
 
 // ---- step 1
 
@@ -297,7 +275,7 @@ __device__ __forceinline__ void multiply(Sums<G>& sums, const Fragments<G>& frag
 template <class G>
 __device__ __forceinline__ void int_gemm_block(const IntGemmArguments& a, int4* workspace,
                                                int* arrivals, int stages_per_split) {
-  const Work work = work_of<G>(a, stages_per_split);
+  const Work work = work_of<G>(a.M, a.N, a.K, stages_per_split);
   const int warp = threadIdx.x / kWarp, warp_n = warp / G::kWarpsM, warp_m = warp % G::kWarpsM;
   const int lane = lane_id(), g = lane / 4, t = lane % 4;
   uint8_t* smem = dynamic_smem();

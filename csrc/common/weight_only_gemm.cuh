@@ -2,12 +2,9 @@
 // What a block of csrc/weight_only_gemm.cu does; its header has the map and the steps.
 #pragma once
 
-#include <algorithm>
-
 #include "common/float_weights.cuh"
 #include "common/fragments.cuh"
-#include "common/launch.h"
-#include "common/outputs.cuh"
+#include "common/gemm_tiles.cuh"
 #include "common/ptx.cuh"
 
 namespace lowbit::weight_only {
@@ -17,7 +14,6 @@ constexpr int kGroupMin = 32;   // elements
 constexpr int kChunk = 16;      // bytes a cp.async copies
 constexpr int kChunkOfX = 8;    // elements in them
 constexpr int kRowPad = 4;      // fp32; spreads step 6's writes over the banks
-constexpr int kTokenTiles = 8;  // neighbours in M that share weights in L2
 constexpr int kLoadsAhead = 8;  // 16 bytes each, of other splits' sums
 constexpr int kRowShift = 31;   // group_shift of one scale a row: k >> 31 is 0
 
@@ -94,28 +90,6 @@ struct Gemm : Operands_, Tile_ {
   static_assert(kStageBytes % 128 == 0, "rows keep their banks in every stage");
   static_assert(kSmemBytes <= 99 * 1024, "what a block can have on sm_86, sm_89 and sm_120");
 };
-
-__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
-
-// What a block computes.
-struct Work {
-  int m0, n0;         // its first token and channel
-  int tile;           // its index among those of one split
-  int stage, stages;  // the first of K, and how many
-};
-
-// Blocks of kTokenTiles neighbours in M and all of N follow each other, M fastest.
-template <class G>
-__device__ __forceinline__ Work work_of(const Arguments& a, int stages_per_split) {
-  const int tiles_m = ceil_div(a.M, G::kTokens), tiles_n = ceil_div(a.N, G::kChannels);
-  const int tile = blockIdx.x, first = tile / (kTokenTiles * tiles_n) * kTokenTiles;
-  const int width = smaller(tiles_m - first, kTokenTiles);
-  const int within = tile % (kTokenTiles * tiles_n);
-  const int stage = blockIdx.y * stages_per_split;
-  const int stages = ceil_div(a.K, G::kStageK) - stage;
-  return {(first + within % width) * G::kTokens, within / width * G::kChannels, tile, stage,
-          smaller(stages, stages_per_split)};
-}
 
 // ---- step 1
 
@@ -338,7 +312,7 @@ struct Sums {
 template <class G>
 __device__ __forceinline__ void gemm_block(const Arguments& a, int4* workspace, int* arrivals,
                                            int stages_per_split) {
-  const Work work = work_of<G>(a, stages_per_split);
+  const Work work = work_of<G>(a.M, a.N, a.K, stages_per_split);
   const int warp = threadIdx.x / kWarp, warp_n = warp / G::kWarpsM, warp_m = warp % G::kWarpsM;
   const int lane = lane_id(), t = lane % 4;
   const int warp_token = warp_m * G::kColumns * 8, warp_channel = warp_n * G::kSlabs * 16;

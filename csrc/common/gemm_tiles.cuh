@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the GEMMs by mma.sync share: the order of their blocks, the search for the tile of y and the
+// split of K that take the least time, and the memory of a split.
+#pragma once
+
+#include "common/launch.h"
+#include "common/outputs.cuh"
+
+namespace lowbit {
+
+constexpr int kTokenTiles = 8;  // neighbours in M that share weights in L2
+constexpr int kMaxSplits = 32;  // of K
+
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+// What a block computes.
+struct Work {
+  int m0, n0;         // its first token and channel
+  int tile;           // its index among those of one split
+  int stage, stages;  // the first of K, and how many
+};
+
+// Of a GEMM with tiles of kChannels x kTokens and stages of kStageK columns. Blocks of kTokenTiles
+// neighbours in M and all of N follow each other, M fastest.
+template <class G>
+__device__ __forceinline__ Work work_of(int M, int N, int K, int stages_per_split) {
+  const int tiles_m = ceil_div(M, G::kTokens), tiles_n = ceil_div(N, G::kChannels);
+  const int tile = blockIdx.x, first = tile / (kTokenTiles * tiles_n) * kTokenTiles;
+  const int width = smaller(tiles_m - first, kTokenTiles);
+  const int within = tile % (kTokenTiles * tiles_n);
+  const int stage = blockIdx.y * stages_per_split;
+  const int stages = ceil_div(K, G::kStageK) - stage;
+  return {(first + within % width) * G::kTokens, within / width * G::kChannels, tile, stage,
+          smaller(stages, stages_per_split)};
+}
+
+// ---- on the host
+
+// visit(an object of each type, its index)
+template <class Types, class Visit>
+void for_each(Visit visit) {
+  int index = 0;
+  std::apply([&](auto... each) { (visit(each, index++), ...); }, Types());
+}
+
+struct TilePlan {
+  int tile, tiles;  // index among the types of tiles, and how many cover y
+  int splits, stages_per_split;
+};
+
+// The tile, from the smallest, and the split of K with the shortest time(index of the tile, how
+// many cover y, splits, stages of each). stages_of(tile): of all K; 0: there is no such kernel.
+template <class Tiles, class StagesOf, class Time>
+TilePlan fastest_plan(int64_t M, int64_t N, StagesOf stages_of, Time time) {
+  TilePlan best = {};
+  int64_t shortest = INT64_MAX;
+  int tokens_before = 0;
+  for_each<Tiles>([&](auto tile, int index) {
+    const int stages = stages_of(tile);
+    if (tokens_before >= M) return;  // a smaller tile holds all tokens
+    tokens_before = tile.kTokens;
+    const int64_t tiles = ceil_div<int64_t>(M, tile.kTokens) * ceil_div<int64_t>(N, tile.kChannels);
+    for (int splits = 1; splits <= kMaxSplits && splits <= stages; ++splits) {
+      const int of_split = ceil_div(stages, splits);
+      if (ceil_div(stages, of_split) != splits) continue;  // as fewer splits do
+      const int64_t here = time(tile, index, tiles, splits, of_split);
+      if (here < shortest) {
+        shortest = here;
+        best = {index, static_cast<int>(tiles), splits, of_split};
+      }
+    }
+  });
+  return best;
+}
+
+template <class Tiles>
+std::string describe_plan(const TilePlan& plan) {
+  std::string name;
+  for_each<Tiles>([&](auto tile, int index) {
+    if (index == plan.tile) name = tile.name();
+  });
+  return text(name, ": ", plan.tiles, " tiles x ", plan.splits, " splits of ",
+              plan.stages_per_split, " stages");
+}
+
+// Where blocks of a split K leave their sums of kChannels x kTokens, and count those that have:
+// nothing where K is whole.
+template <class G>
+struct SplitMemory {
+  std::optional<Tensor> sums, arrivals;
+
+  SplitMemory(const TilePlan& plan, ScalarType type, const Tensor& like) {
+    if (plan.splits == 1) return;
+    sums = new_empty(like, {plan.tiles, plan.splits, G::kChannels * G::kTokens}, type);
+    const std::vector<int64_t> sizes{plan.tiles};
+    arrivals = torch::stable::new_zeros(like, sizes, ScalarType::Int);
+  }
+
+  int4* workspace() const { return sums ? pointer<int4>(*sums) : nullptr; }
+  int* counters() const { return arrivals ? pointer<int>(*arrivals) : nullptr; }
+};
+
+inline FloatType float_type(const char* op, const char* name, ScalarType type) {
+  if (type == ScalarType::Float) return FloatType::kFloat;
+  if (type == ScalarType::Half) return FloatType::kHalf;
+  check(type == ScalarType::BFloat16, text(op, ": ", name, " must be fp32, fp16 or bf16"));
+  return FloatType::kBFloat16;
+}
+
+}  // namespace lowbit
