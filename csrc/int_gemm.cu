@@ -69,7 +69,7 @@ constexpr int kSplitClocks = 4000;  // once: the arrivals are zeroed, the last b
 TilePlan plan(int64_t M, int64_t N, int64_t K, bool is_int4, int num_sms) {
   const int stages = static_cast<int>(ceil_div<int64_t>(K, kRowBytes * (is_int4 ? 2 : 1)));
   return fastest_plan<Tiles>(
-      M, N, [&](auto) { return stages; },
+      M, N, [&](auto, int) { return stages; },
       [&](auto, int tile, int64_t tiles, int splits, int stages_of_split) {
         const auto [stage_clocks, blocks_to_fill] = kTileCosts[tile];
         const int64_t rounds = ceil_div<int64_t>(tiles * splits, num_sms);

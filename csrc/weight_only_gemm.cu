@@ -7,9 +7,9 @@
 // of K, cut into stages of kStageK columns; its warps lie kWarpsN x kWarpsM.
 //   step 1  copy a stage, kStages - 1 ahead of its use: cp.async, 16 bytes a thread at a time.
 //           Chunk c of row r of x lies at c ^ (r % 8): eight rows' equal chunks, what ldmatrix
-//           reads together, lie in different banks. Weights keep their order, in which a lane's 16
-//           bytes are its codes of 4 steps (4 bits) or 2. Scales and zero points go through
-//           registers, as fp32 and as what step 3 adds. Zeros past M, N and K.
+//           reads together, lie in different banks. Weights keep their order, in which a lane's 8,
+//           12 or 16 bytes are its codes of 4 steps (2, 3 or 4 bits), or of 2. Scales and zero
+//           points go through registers, as fp32 and as what step 3 adds. Zeros past M, N and K.
 //   step 2  fragments of the next 16 columns, while step 3 multiplies those before
 //   step 3  code - zero_point in fp16 or bf16, exactly (common/float_weights.cuh), times x, summed
 //           in fp32; at the end of a group, or of a stage, its sum times its scale: one FMA
@@ -38,32 +38,45 @@ __global__ void __launch_bounds__(G::kThreads, G::kMinBlocks)
 
 // ---- the choice of a tile
 
-// A kernel is one of Tiles times one of AllOperands; tiles are tried in order.
+// A kernel is one of AllOperands times one of Tiles that has a cost for its bits; tiles are tried
+// in order.
 using Tiles = std::tuple<Tile<64, 8, 256, 4, 1, 3, 4>, Tile<64, 16, 256, 4, 1, 3, 4>,
                          Tile<64, 64, 64, 2, 2, 3, 2>, Tile<128, 128, 64, 4, 2, 3, 1>>;
-using AllOperands = std::tuple<Operands<__half, 4, false>, Operands<__half, 8, false>,
-                               Operands<__nv_bfloat16, 4, false>, Operands<__nv_bfloat16, 8, false>,
-                               Operands<__nv_bfloat16, 8, true>>;
+using AllOperands =
+    std::tuple<Operands<__half, 2, false>, Operands<__half, 3, false>, Operands<__half, 4, false>,
+               Operands<__half, 8, false>, Operands<__nv_bfloat16, 2, false>,
+               Operands<__nv_bfloat16, 3, false>, Operands<__nv_bfloat16, 4, false>,
+               Operands<__nv_bfloat16, 8, false>, Operands<__nv_bfloat16, 8, true>>;
 
-// What a stage of each tile costs, in clocks of an SM, with weights of 4 bits and what every 4 bits
-// more add, and how many blocks an SM needs to be that fast: estimates, docs/notes/0006.
+// What a stage of each tile costs, in clocks of an SM, by the stored bits of its weights, and how
+// many blocks an SM needs to be that fast: estimates, docs/notes/0006. 0: not compiled; of 2 and 3
+// bits, which few tokens are for, the smaller of two tiles for prompts will do.
 struct TileCost {
-  int clocks, clocks_of_4_bits, blocks_to_fill;
+  int clocks[4], blocks_to_fill;
+
+  constexpr int of(int bits) const { return clocks[bits == 8 ? 3 : bits - 2]; }
 };
-constexpr TileCost kTileCosts[] = {{440, 440, 3}, {460, 440, 3}, {230, 20, 2}, {850, 40, 1}};
+constexpr TileCost kTileCosts[] = {{{310, 350, 440, 880}, 3},
+                                   {{340, 380, 460, 900}, 3},
+                                   {{230, 240, 230, 250}, 2},
+                                   {{0, 0, 850, 890}, 1}};
 static_assert(std::size(kTileCosts) == std::tuple_size_v<Tiles>, "a cost for each tile");
 constexpr int kBlockColumns = 256, kSplitColumns = 128;  // what a block, and a split, costs besides
 
 TilePlan plan(int64_t M, int64_t N, int64_t K, int bits, int num_sms) {
   return fastest_plan<Tiles>(
-      M, N, [&](auto tile) { return static_cast<int>(ceil_div<int64_t>(K, tile.kStageK)); },
+      M, N,
+      [&](auto tile, int index) {
+        const bool compiled = kTileCosts[index].of(bits) > 0;
+        return compiled ? static_cast<int>(ceil_div<int64_t>(K, tile.kStageK)) : 0;
+      },
       [&](auto tile, int index, int64_t tiles, int splits, int stages_of_split) {
-        const auto [base, of_4_bits, blocks_to_fill] = kTileCosts[index];
-        const int clocks = base + (bits / 4 - 1) * of_4_bits;
+        const int clocks = kTileCosts[index].of(bits);
         const int64_t rounds = ceil_div<int64_t>(tiles * splits, num_sms);
         const int columns =
             stages_of_split * tile.kStageK + kBlockColumns + (splits > 1 ? kSplitColumns : 0);
-        return std::max<int64_t>(rounds, blocks_to_fill) * clocks * columns / tile.kStageK;
+        return std::max<int64_t>(rounds, kTileCosts[index].blocks_to_fill) * clocks * columns /
+               tile.kStageK;
       });
 }
 
@@ -93,11 +106,11 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_
                         const std::optional<Tensor>& bias, int64_t w_bits,
                         const std::string& w_layout) {
   check(w_layout == "fragment_float", "weight_only_gemm: w_layout must be fragment_float");
-  check(w_bits >= 4 && w_bits <= 8, "weight_only_gemm: w_bits must be 4..8");
+  check(w_bits >= 2 && w_bits <= 8, "weight_only_gemm: w_bits must be 2..8");
   check(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
         "weight_only_gemm: x must be fp16 or bf16");
   const bool is_half = x.scalar_type() == ScalarType::Half;
-  const int bits = w_bits == 4 ? 4 : 8, device = device_of(x);
+  const int bits = w_bits <= 4 ? static_cast<int>(w_bits) : 8, device = device_of(x);
   const int64_t M = x.size(0), K = x.size(1), N = w_scale.size(0), G = w_scale.size(1);
   constexpr int64_t kLargest = INT32_MAX / 2;  // rounding up to whole stages stays below 2^31
   check(M < kLargest && N < kLargest && K < kLargest, "weight_only_gemm: a size is past 2^30");
@@ -139,8 +152,10 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_
   for_each<AllOperands>([&](auto operands, int) {
     using O = decltype(operands);
     if (O::kIsHalf != is_half || O::kBits != bits || O::kTwoTerms != two_terms) return;
-    for_each<Tiles>([&](auto tile, int index) {
-      if (index == chosen.tile) launch_gemm<Gemm<O, decltype(tile)>>(a, chosen, device, x);
+    for_each<Tiles>([&](auto tile, auto index) {
+      if constexpr (kTileCosts[index].of(O::kBits) > 0) {
+        if (index == chosen.tile) launch_gemm<Gemm<O, decltype(tile)>>(a, chosen, device, x);
+      }
     });
   });
   return y;
@@ -155,12 +170,15 @@ std::string describe(const int64_t* numbers, int n, int, int num_sms) {
 
 const bool kRegistered = [] {
   for_each<AllOperands>([](auto operands, int) {
-    for_each<Tiles>([](auto tile, int) {
-      using G = Gemm<decltype(operands), decltype(tile)>;
-      static const std::string name = G::name() + "_" + tile.name();
-      register_kernel({"weight_only_gemm", name.c_str(),
-                       reinterpret_cast<const void*>(&weight_only_gemm_kernel<G>), G::kThreads,
-                       G::kSmemBytes, 80, 120});
+    for_each<Tiles>([](auto tile, auto index) {
+      using O = decltype(operands);
+      if constexpr (kTileCosts[index].of(O::kBits) > 0) {
+        using G = Gemm<O, decltype(tile)>;
+        static const std::string name = G::name() + "_" + tile.name();
+        register_kernel({"weight_only_gemm", name.c_str(),
+                         reinterpret_cast<const void*>(&weight_only_gemm_kernel<G>), G::kThreads,
+                         G::kSmemBytes, 80, 120});
+      }
     });
   });
   register_planner("weight_only_gemm", &describe);

@@ -41,7 +41,7 @@ class Layout(str, Enum):
     BYTES = "bytes"  # one code per byte, int8 (symmetric) or uint8 (asymmetric)
     FRAGMENT = "fragment"  # of 8-bit matrix instructions, m16n8k32; codes of 4 or 8 bits
     FRAGMENT_INT4 = "fragment_int4"  # of the 4-bit one, m16n8k64
-    FRAGMENT_FLOAT = "fragment_float"  # of those of fp16 and bf16, m16n8k16; codes of 4 or 8 bits
+    FRAGMENT_FLOAT = "fragment_float"  # of those of fp16 and bf16, m16n8k16; any stored width
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class IntFormat:
 FRAGMENT_BITS = {
     Layout.FRAGMENT: (4, 8),
     Layout.FRAGMENT_INT4: (4,),
-    Layout.FRAGMENT_FLOAT: (4, 8),
+    Layout.FRAGMENT_FLOAT: PACKED_BITS,
 }
 
 
@@ -123,7 +123,8 @@ def codes_shape(format: IntFormat, layout: Layout, shape: tuple[int, ...]) -> tu
     takes_format = format.symmetric or layout is Layout.FRAGMENT_FLOAT
     if len(shape) != 2 or not takes_format or bits not in FRAGMENT_BITS[layout]:
         kind = "weights" if layout is Layout.FRAGMENT_FLOAT else "symmetric weights"
-        widths = " or ".join(map(str, FRAGMENT_BITS[layout]))
+        *others, widest = map(str, FRAGMENT_BITS[layout])
+        widths = f"{', '.join(others)} or {widest}" if others else widest
         raise InputError(
             f"layout {layout.value!r} is for {kind} [N, K] of {widths} stored bits, "
             f"got shape {tuple(shape)}, symmetric={format.symmetric}, {bits} stored bits"

@@ -241,8 +241,8 @@ def test_packed_tensor_is_frozen_and_counts_its_bytes():
             "'fragment_int4' is for symmetric weights .* of 4 stored bits, .* 8 stored bits",
         ),
         (
-            {"format": IntFormat(2, False, 4), "layout": Layout.FRAGMENT_FLOAT},
-            r"'fragment_float' is for weights \[N, K\] of 4 or 8 stored bits, .* 2 stored bits",
+            {**FRAGMENT, "layout": Layout.FRAGMENT_FLOAT, "shape": torch.Size((1, 2, 8))},
+            r"'fragment_float' is for weights \[N, K\] of 2, 3, 4 or 8 stored bits, .*\(1, 2, 8\)",
         ),
         (
             {"format": IntFormat(3, False, 4), "shape": torch.Size((2, 4))},
@@ -331,12 +331,22 @@ def test_drawing_of_a_kernel_layout(layout, bits):
     assert len(drawn) >= 80
 
 
+def rules_of_layouts() -> dict[tuple[str, str], list[str]]:
+    """(layout, codes) -> formulas of byte, row and column."""
+    table = DOCUMENT.split("| layout | codes | byte")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    return {(name.strip("`"), width): rest for name, width, *rest in rows}
+
+
+def value(formula: str, **names) -> int:
+    formula = formula.replace("mod", "%").replace("/", "//")
+    return eval(re.sub(r"(\w) (?=[\w(])", r"\1 * ", formula), {}, names)  # 2 a: 2 * a
+
+
 @pytest.mark.parametrize("layout, bits", FRAGMENTS)
 def test_rule_of_a_kernel_layout(layout, bits):
     """The table's formulas, evaluated for every byte of a tile, give each of its codes once."""
-    table = DOCUMENT.split("| layout | codes | byte")[1].split("\n\n")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    rules = {(name.strip("`"), width): rest for name, width, *rest in rows}
+    rules = rules_of_layouts()
     byte, row, column = rules[layout.value, f"{bits} bits"]
     if row == "the same":
         row = rules["fragment", "8 bits"][1]
@@ -345,10 +355,6 @@ def test_rule_of_a_kernel_layout(layout, bits):
     shifts = {
         m[1]: (m[0] == "high") * 4 for m in re.findall(r"(high|low)(?: nibble)?: (\w = \d)", byte)
     }
-
-    def value(formula: str, **names) -> int:
-        formula = formula.replace("mod", "%").replace("/", "//")
-        return eval(re.sub(r"(\w) (?=[\w(])", r"\1 * ", formula), {}, names)  # 2 a: 2 * a
 
     torch.manual_seed(0)
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (64, 64), dtype=torch.int8)
@@ -362,6 +368,67 @@ def test_rule_of_a_kernel_layout(layout, bits):
         seen.add((i, j))
     assert len(seen) == 64 * 64
     assert_bitwise(to_layout(weight_of(codes, bits), layout).codes, expected.view(1, 1, -1))
+
+
+# Parts of codes of fragment_float -> stored bits, and which of them are in this part.
+PARTS = {"2 bits": (2, 3), "3 bits, the lower two": (3, 3), "3 bits, the highest": (3, 4)}
+
+
+def code_of(part: int, bits: int) -> int:
+    """The symmetric code whose bits are `part`."""
+    return part - (1 << bits) if part >> (bits - 1) else part
+
+
+@pytest.mark.parametrize("title", PARTS)
+def test_drawing_of_parts_of_bytes(title):
+    """Every drawn code, alone in a tile with only the bits of this part, sets them where drawn."""
+    bits, part = PARTS[title]
+    drawing = re.search(rf"^fragment_float, {title}:\n\n.*?\n(.*?)\n\n", DOCUMENT, re.S | re.M)
+    start, drawn = None, set()
+    for line in drawing[1].splitlines():
+        label, cells = re.fullmatch(
+            r" +((?:byte \d+, )?bits? [\d ]*\d) +(\d+\.\d+ .*)", line
+        ).groups()
+        start = int(re.match(r"byte (\d+)", label)[1]) if label.startswith("byte") else start
+        lowest = int(label.split()[-1])
+        assert label.endswith(f"bits {lowest + 1} {lowest}" if part == 3 else f"bit {lowest}")
+        cells = cells.replace("|", "").split()
+        assert len(cells) == 16
+        for at, cell in enumerate(cells, start):
+            row, column = map(int, cell.split("."))
+            codes = torch.zeros(64, 64, dtype=torch.int8)
+            codes[row, column] = code_of(part, bits)
+            expected = torch.zeros(1, 1, 512 * bits, dtype=torch.uint8)
+            expected[0, 0, at] = (part // (part & -part)) << lowest
+            layout = Layout.FRAGMENT_FLOAT
+            assert_bitwise(to_layout(weight_of(codes, bits), layout).codes, expected)
+            drawn.add((cell, at, lowest))
+    assert len(drawn) >= 128
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_rule_of_planes(bits):
+    """The formulas of all parts of a code together, for every byte of a tile."""
+    torch.manual_seed(0)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (64, 64), dtype=torch.int8)
+    expected, rules = torch.zeros(512 * bits, dtype=torch.uint8), rules_of_layouts()
+    for title, (_, part) in ((t, p) for t, p in PARTS.items() if p[0] == bits):
+        (byte, bit), row, column = (
+            re.split(r", bits? ", rules["fragment_float", title][0].removesuffix(" and + 1")),
+            *rules["fragment_float", title][1:],
+        )
+        words, steps = (2, 2) if part == 3 else (1, 4)
+        seen = set()
+        for r, h, g, t, w, s, b in itertools.product(*map(range, (4, 2, 8, 4, words, steps, 4))):
+            names = {"r": r, "h": h, "g": g, "t": t, "w": w, "s": s, "b": b, "lane": 4 * g + t}
+            i, j = value(row, **names), value(column, **names)
+            here = (int(codes[i, j]) & part) // (part & -part)
+            expected[value(byte, **names)] |= here << value(bit, **names)
+            seen.add((i, j))
+        assert len(seen) == 64 * 64
+    assert_bitwise(
+        to_layout(weight_of(codes, bits), Layout.FRAGMENT_FLOAT).codes, expected.view(1, 1, -1)
+    )
 
 
 def test_document_states_the_grammar_and_the_known_names():

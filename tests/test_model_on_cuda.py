@@ -125,6 +125,8 @@ def test_on_ampere(format, layout, ran):
 
 @torch.no_grad()
 @pytest.mark.emulate(90)
-@pytest.mark.parametrize("format", ["w4a16g128", "w8a16", "w4a16g32-wasym"])
+@pytest.mark.parametrize(
+    "format", ["w4a16g128", "w8a16", "w4a16g32-wasym", "w3a16g128", "w2a16g64-wasym"]
+)
 def test_weights_alone(format, ran):
     agrees(format, ran, Layout.FRAGMENT_FLOAT, {"weight_only_gemm"})

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import assert_bitwise, assert_registered, poison
 
-from lowbit.formats import PACKED_BITS, IntFormat, Layout, PackedTensor
+from lowbit.formats import FRAGMENT_BITS, PACKED_BITS, IntFormat, Layout, PackedTensor
 from lowbit.ops import pack, quantize, to_layout, unpack
 from lowbit.ops.pack import PACK, UNPACK
 
@@ -158,10 +158,17 @@ def slow_fragment(codes: torch.Tensor, layout: Layout, bits: int) -> torch.Tenso
     for tile_n, tile_k, r, step in np.ndindex(*tiles, 4, 64 // k):
         for lane, register, element, row, column in places:
             value = code(64 * tile_n + 16 * r + row, 64 * tile_k + k * step + column)
-            if layout is Layout.FRAGMENT_INT4:  # element 0 in the lowest bits of the register
+            nibble = 16 * element + 4 * register
+            if layout is Layout.FRAGMENT_FLOAT and bits < 4:  # two steps share a nibble
+                word, shift = 32 * bits * r + 2 * lane + step // 2, nibble + 2 * (step % 2)
+                if bits == 3:  # four steps do, in the plane of the highest bits
+                    high = 4 * (96 * r + 64 + lane) + (nibble + step) // 8
+                    result[tile_n, tile_k, high] |= value >> 2 << (nibble + step) % 8
+                value &= 3
+            elif layout is Layout.FRAGMENT_INT4:  # element 0 in the lowest bits of the register
                 word, shift = 128 * r + 4 * lane + register, 4 * element
             elif layout is Layout.FRAGMENT_FLOAT and bits == 4:  # a word is a step
-                word, shift = 128 * r + 4 * lane + step, 16 * element + 4 * register
+                word, shift = 128 * r + 4 * lane + step, nibble
             elif layout is Layout.FRAGMENT_FLOAT:  # a word is two registers of a step
                 word = 128 * (2 * r + step // 2) + 4 * lane + 2 * (step % 2) + register // 2
                 shift = 16 * element + 8 * (register % 2)
@@ -183,13 +190,13 @@ FRAGMENTS = pytest.mark.parametrize(
     [
         *((Layout.FRAGMENT, 8), (Layout.FRAGMENT, 4), (Layout.FRAGMENT, 6)),
         (Layout.FRAGMENT_INT4, 4),
-        *((Layout.FRAGMENT_FLOAT, 8), (Layout.FRAGMENT_FLOAT, 4), (Layout.FRAGMENT_FLOAT, 6)),
+        *((Layout.FRAGMENT_FLOAT, bits) for bits in (2, 3, 4, 6, 8)),
     ],
 )
 
 
 @FRAGMENTS
-@pytest.mark.parametrize("shape", [(64, 64), (65, 130), (1, 2), (128, 64), (24, 192)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64), (65, 136), (1, 8), (128, 64), (24, 192)], ids=str)
 def test_fragment_is_that_of_the_matrix_instruction(layout, bits, shape):
     """And there and back, from packed rows too: every element of a tile, and tiles cut short."""
     w = weight_of(random_codes(shape, bits, True), bits)
@@ -203,11 +210,10 @@ def test_fragment_is_that_of_the_matrix_instruction(layout, bits, shape):
     assert to_layout(got, layout) is got
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_every_place_of_a_tile(bits):
-    """The one code that is not 0 moves to one nibble or byte of its own."""
-    layouts = (Layout.FRAGMENT, Layout.FRAGMENT_FLOAT, Layout.FRAGMENT_INT4)
-    for layout in layouts[: 2 + (bits == 4)]:
+    """The one code that is not 0 moves to one pair, nibble or byte of its own."""
+    for layout in (layout for layout, widths in FRAGMENT_BITS.items() if bits in widths):
         seen = set()
         for row, column in np.ndindex(64, 64):
             codes = torch.zeros(64, 64, dtype=torch.int8)
@@ -215,7 +221,7 @@ def test_every_place_of_a_tile(bits):
             tile = to_layout(weight_of(codes, bits), layout).codes.flatten()
             (at,) = tile.nonzero().flatten().tolist()
             seen.add((at, int(tile[at])))
-        values = {255} if bits == 8 else {0x0F, 0xF0}
+        values = {(1 << bits) - 1 << shift for shift in range(0, 8, bits)}
         assert seen == {(at, value) for at in range(512 * bits) for value in values}
 
 
@@ -229,10 +235,10 @@ def test_fragment_registers_are_codes_times_16():
     assert_bitwise(registers.flatten().view(torch.uint8), expected.flatten())
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_asymmetric_codes_in_fragments(bits):
     """The bits of the symmetric ones, and back as unsigned codes."""
-    codes = random_codes((70, 66), bits, False)
+    codes = random_codes((70, 72), bits, False)
     format, zeros = IntFormat(bits, False), torch.zeros(70, 1, dtype=torch.uint8)
     w = PackedTensor(codes, torch.ones(70, 1), zeros, format, Layout.BYTES, codes.shape)
     got = to_layout(w, Layout.FRAGMENT_FLOAT)
@@ -255,7 +261,7 @@ def test_fragment_and_back_between_kernel_layouts():
         (IntFormat(4, False), (8, 64), Layout.FRAGMENT, "symmetric=False, 4 stored bits"),
         (IntFormat(3), (8, 64), Layout.FRAGMENT, "of 4 or 8 stored bits, .* 3 stored bits"),
         (IntFormat(8), (8, 64), Layout.FRAGMENT_INT4, "of 4 stored bits, .* 8 stored bits"),
-        (IntFormat(2, False), (8, 64), Layout.FRAGMENT_FLOAT, "of 4 or 8 stored bits, .* 2 stored"),
+        (IntFormat(2), (8, 64), Layout.FRAGMENT, "of 4 or 8 stored bits, .* 2 stored"),
         (IntFormat(4), (2, 8, 64), Layout.FRAGMENT_FLOAT, r" \[N, K\] .* shape \(2, 8, 64\)"),
         (IntFormat(4), (2, 8, 64), Layout.FRAGMENT, r"weights \[N, K\] .* shape \(2, 8, 64\)"),
         (IntFormat(4), (64,), Layout.FRAGMENT_INT4, r"weights \[N, K\] .* shape \(64,\)"),

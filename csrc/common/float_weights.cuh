@@ -6,12 +6,17 @@
 // 2^(b-1), which makes that its zero point and flips its top bit. The flip costs nothing, as one
 // LOP3 is (word & mask) ^ magic and magic holds the flipped bits beside those of the exponent.
 //
-//   fp16 counts in steps of 1 from 1024 = 0x6400, bf16 from 128 = 0x4300 to 255:
-//   4 bits, fp16   0x6400 |  n        = 1024 +    n    times 1    - (1024 + z) = n - z    rows g
-//                  0x6400 | (n << 4)  = 1024 + 16 n    times 1/16 - (64 + z)   = n - z    rows g +
-//                  8
-//   4 bits, bf16   0x4300 |  n        =  128 +    n    times 1    - (128 + z)  = n - z
-//   8 bits, fp16   0x6400 |  n        = 1024 +    n    times 1    - (1024 + z) = n - z
+// Codes of 2 to 4 bits come as nibbles, eight to a step: of 2 bits two steps share a word and one
+// shift parts them; of 3 bits the highest comes from a plane of its own, by one more shift and one
+// LOP3 that takes 2 bits of a nibble from here and 2 from there. Bits above the code are masked.
+//
+// fp16 counts in steps of 1 from 1024 = 0x6400, bf16 from 128 = 0x4300 to 255. Four bits higher,
+// where a byte's upper nibble is, a bit counts as much from 64 = 0x5400, or from 8 = 0x4100:
+//   fp16           0x6400 |  n        = 1024 + n    - (1024 + z) = n - z    rows g
+//                  0x5400 | (n << 4)  =   64 + n    -   (64 + z) = n - z    rows g + 8
+//   bf16           0x4300 |  n        =  128 + n    -  (128 + z) = n - z    rows g, of 4 bits all
+//     2, 3 bits    0x4100 | (n << 4)  =    8 + n    -    (8 + z) = n - z    rows g + 8
+//   8 bits, fp16   0x6400 |  n        = 1024 + n    - (1024 + z) = n - z
 //   8 bits, bf16   has no room for n, which it splits into l = its lowest 7 bits and the top bit h:
 //                  0x4300 |  l        =  128 + l
 //                  0xC380, or 0xC300 where h is set = -256 or -128: bit 7 is an exponent's lowest
@@ -20,7 +25,8 @@
 //                  -(z - 128) is a second A operand, a product of its own (kTwoTerms).
 // All within one FMA of two halves, exactly: results have at most 9 bits, of bf16 at most 8.
 //
-// Instructions for 8 weights: 9, 11, 10, 14.
+// Instructions for 8 weights, fp16 and bf16: 2 bits 9.5; 3 bits 11.25; 4 bits 9 and 11; 8 bits 10
+// and 14.
 #pragma once
 
 #include <type_traits>
@@ -29,11 +35,11 @@
 
 namespace lowbit {
 
-constexpr uint32_t kFp16x2_1024 = 0x64006400, kFp16x2_One = 0x3C003C00, kFp16x2_16th = 0x2C002C00;
-constexpr uint32_t kBf16x2_128 = 0x43004300, kBf16x2_One = 0x3F803F80,
+constexpr uint32_t kFp16x2_1024 = 0x64006400, kFp16x2_64 = 0x54005400, kFp16x2_One = 0x3C003C00;
+constexpr uint32_t kBf16x2_128 = 0x43004300, kBf16x2_8 = 0x41004100, kBf16x2_One = 0x3F803F80,
                    kBf16x2_Minus256 = 0xC380C380;
-constexpr uint32_t kLowNibbleOfHalves = 0x000F000F, kHighNibbleOfHalves = 0x00F000F0;
-constexpr uint32_t kByteOfHalves = 0x00FF00FF, kTopBitOfHalves = 0x00800080;
+constexpr uint32_t kOneOfHalves = 0x00010001, kTopBitOfHalves = 0x00800080;
+constexpr uint32_t kLowPairs = 0x33333333;  // the lower two bits of every nibble
 
 // What is set around the codes, the same for all weights of a matrix.
 struct WeightMagic {
@@ -43,62 +49,93 @@ struct WeightMagic {
 template <class T, int kBits>  // __half or __nv_bfloat16
 struct FloatWeights {
   static constexpr bool kIsHalf = std::is_same_v<T, __half>;
-  static constexpr int kWords = kBits / 4;         // of 8 weights, the A registers of a step
-  static constexpr int kStepsOfLoad = 4 / kWords;  // in the 16 bytes that a lane loads
-  static_assert(kBits == 4 || kBits == 8, "stored bits");
+  static constexpr int kStepsOfLoad = kBits == 8 ? 2 : 4;           // whose codes a lane loads
+  static constexpr int kLoadWords = kStepsOfLoad * kBits / 4;       // 8 codes a step
+  static constexpr int kLoadBytes = kWarp * kLoadWords * 4;         // of a warp
+  static constexpr int kPlaneBytes = kWarp * kStepsOfLoad / 2 * 4;  // of 3 bits, the lower two
+  // both nibbles of a byte are numbers where they stand
+  static constexpr bool kInPlace = kBits + 4 <= (kIsHalf ? 10 : 7);
+  static constexpr uint32_t kMask = kOneOfHalves * ((1 << kBits) - 1);
+  static constexpr uint32_t kLow = kIsHalf ? kFp16x2_1024 : kBf16x2_128;
+  static constexpr uint32_t kHigh = kIsHalf ? kFp16x2_64 : kBf16x2_8;
+  static constexpr uint32_t kMinusLow = 0x8000 | (kLow & 0xFFFF);
+  static constexpr uint32_t kMinusHigh = 0x8000 | (kHigh & 0xFFFF);
+  static_assert(kBits == 2 || kBits == 3 || kBits == 4 || kBits == 8, "stored bits");
 
   // of symmetric codes
   static constexpr int kZeroPoint = 1 << (kBits - 1);
 
   __host__ __device__ static WeightMagic magic(bool symmetric) {
-    const uint32_t flip = symmetric ? 0x00010001u * kZeroPoint : 0;
-    if (kIsHalf) return {kFp16x2_1024 ^ flip, kFp16x2_1024 ^ (flip << 4)};
-    if (kBits == 4) return {kBf16x2_128 ^ flip, 0};
-    return {kBf16x2_128, kBf16x2_Minus256 ^ flip};
+    const uint32_t flip = symmetric ? kOneOfHalves * kZeroPoint : 0;
+    if (kBits == 8) return {kIsHalf ? kLow ^ flip : kLow, kBf16x2_Minus256 ^ flip};
+    return {kLow ^ flip, kHigh ^ (flip << 4)};
   }
 
   // What is added to the weights of a group, twice: `upper` in rows g + 8, else in rows g. Of two
   // terms, the second.
   __device__ __forceinline__ static uint32_t offset(uint32_t zero_point, bool upper) {
     uint32_t half;
-    if constexpr (kIsHalf) {  // -1024 = 0xE400 counts in steps of 1, -64 = 0xD400 of 1/16
-      half = kBits == 4 && upper ? 0xD400 + 16 * zero_point : 0xE400 + zero_point;
-    } else if constexpr (kBits == 4) {
-      half = 0xC300 + zero_point;
-    } else {  // 2^23 = 0x4B000000 counts in steps of 1; 128 - z has at most 8 bits
+    if constexpr (kBits == 8 && !kIsHalf) {
+      // 2^23 = 0x4B000000 counts in steps of 1; 128 - z has at most 8 bits
       const float number = 8388608.0f + 128.0f - bit_cast<float>(0x4B000000u | zero_point);
       half = bit_cast<uint32_t>(number) >> 16;
+    } else {
+      half = kInPlace && upper ? kMinusHigh + (zero_point << 4) : kMinusLow + zero_point;
     }
-    return half * 0x00010001u;
+    return half * kOneOfHalves;
   }
 
-  // a: the registers of a step, of words[0 .. kWords - 1]; offsets: of rows g and g + 8.
-  __device__ __forceinline__ static void expand(uint32_t (&a)[4], const uint32_t* words,
+  // This lane's codes of kStepsOfLoad steps; from: those of a slab, in shared memory.
+  __device__ __forceinline__ static void load(uint32_t (&words)[kLoadWords], uint32_t from) {
+    const int lane = lane_id();
+    if constexpr (kLoadWords == 4) {
+      const uint4 four = load_shared_16(from + lane * 16);
+      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+    } else {
+      const uint2 two = load_shared_8(from + lane * 8);
+      words[0] = two.x, words[1] = two.y;
+      if constexpr (kBits == 3) words[2] = load_shared_4(from + kPlaneBytes + lane * 4);
+    }
+  }
+
+  // Nibbles whose lowest kBits are the codes of a step of the load.
+  __host__ __device__ __forceinline__ static uint32_t nibbles(const uint32_t (&words)[kLoadWords],
+                                                              int step) {
+    static_assert(kBits <= 4, "others are bytes");
+    if constexpr (kBits == 4) return words[step];
+    const uint32_t low = words[step / 2] >> (step % 2 * 2);
+    if constexpr (kBits == 2) return low;
+    // bit `step` of its nibbles is the highest of the code: to bit 2, and not across bit 1
+    const uint32_t plane = words[kLoadWords - 1];
+    const uint32_t top = step < 2 ? plane << (2 - step) : plane >> (step - 2);
+    return (low & kLowPairs) | (top & ~kLowPairs);
+  }
+
+  // a: the registers of a step of the load; offsets: of rows g and g + 8.
+  __device__ __forceinline__ static void expand(uint32_t (&a)[4],
+                                                const uint32_t (&words)[kLoadWords], int step,
                                                 const WeightMagic& magic,
                                                 const uint32_t (&offsets)[2]) {
-    if constexpr (kIsHalf && kBits == 4) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t word = words[0] >> (8 * i);
-        a[2 * i] = fma_f16x2((word & kLowNibbleOfHalves) ^ magic.low, kFp16x2_One, offsets[0]);
-        a[2 * i + 1] =
-            fma_f16x2((word & kHighNibbleOfHalves) ^ magic.high, kFp16x2_16th, offsets[1]);
-      }
-    } else {
+    if constexpr (kBits == 8) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if constexpr (kBits == 4) {
-          const uint32_t number = ((words[0] >> (4 * i)) & kLowNibbleOfHalves) ^ magic.low;
-          a[i] = fma_bf16x2(number, kBf16x2_One, offsets[i % 2]);
+        const uint32_t word = words[2 * step + i / 2] >> (8 * (i % 2));
+        if constexpr (kIsHalf) {
+          a[i] = fma_f16x2((word & kMask) ^ magic.low, kFp16x2_One, offsets[i % 2]);
         } else {
-          const uint32_t word = words[i / 2] >> (8 * (i % 2));
-          if constexpr (kIsHalf) {
-            a[i] = fma_f16x2((word & kByteOfHalves) ^ magic.low, kFp16x2_One, offsets[i % 2]);
-          } else {
-            const uint32_t low = (word & (kByteOfHalves ^ kTopBitOfHalves)) ^ magic.low;
-            a[i] = fma_bf16x2(low, kBf16x2_One, (word & kTopBitOfHalves) ^ magic.high);
-          }
+          const uint32_t low = (word & (kMask ^ kTopBitOfHalves)) ^ magic.low;
+          a[i] = fma_bf16x2(low, kBf16x2_One, (word & kTopBitOfHalves) ^ magic.high);
         }
+      }
+    } else {
+      const uint32_t codes = nibbles(words, step);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t word = codes >> (kInPlace ? i / 2 * 8 : i * 4);
+        const uint32_t number =
+            kInPlace && i % 2 ? (word & (kMask << 4)) ^ magic.high : (word & kMask) ^ magic.low;
+        a[i] = kIsHalf ? fma_f16x2(number, kFp16x2_One, offsets[i % 2])
+                       : fma_bf16x2(number, kBf16x2_One, offsets[i % 2]);
       }
     }
   }

@@ -36,11 +36,15 @@ __device__ __forceinline__ Work work_of(int M, int N, int K, int stages_per_spli
 
 // ---- on the host
 
-// visit(an object of each type, its index)
+// visit(an object, its index) for each type of a tuple; the index is known when it is compiled.
+template <class Types, class Visit, size_t... kIndices>
+void for_each(Visit visit, std::index_sequence<kIndices...>) {
+  (visit(std::tuple_element_t<kIndices, Types>(), std::integral_constant<int, kIndices>()), ...);
+}
+
 template <class Types, class Visit>
 void for_each(Visit visit) {
-  int index = 0;
-  std::apply([&](auto... each) { (visit(each, index++), ...); }, Types());
+  for_each<Types>(visit, std::make_index_sequence<std::tuple_size_v<Types>>());
 }
 
 struct TilePlan {
@@ -48,16 +52,17 @@ struct TilePlan {
   int splits, stages_per_split;
 };
 
-// The tile, from the smallest, and the split of K with the shortest time(index of the tile, how
-// many cover y, splits, stages of each). stages_of(tile): of all K; 0: there is no such kernel.
+// The tile and the split of K with the shortest time(tile, its index, how many cover y, splits,
+// stages of each), tried from the smallest tile on. stages_of(tile, its index): of all K; 0: there
+// is no such kernel.
 template <class Tiles, class StagesOf, class Time>
 TilePlan fastest_plan(int64_t M, int64_t N, StagesOf stages_of, Time time) {
   TilePlan best = {};
   int64_t shortest = INT64_MAX;
   int tokens_before = 0;
   for_each<Tiles>([&](auto tile, int index) {
-    const int stages = stages_of(tile);
-    if (tokens_before >= M) return;  // a smaller tile holds all tokens
+    const int stages = stages_of(tile, index);
+    if (stages == 0 || tokens_before >= M) return;  // a smaller tile holds all tokens
     tokens_before = tile.kTokens;
     const int64_t tiles = ceil_div<int64_t>(M, tile.kTokens) * ceil_div<int64_t>(N, tile.kChannels);
     for (int splits = 1; splits <= kMaxSplits && splits <= stages; ++splits) {

@@ -194,6 +194,27 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
 #endif
 }
 
+// 8 and 4 bytes.
+__device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
+#ifdef LOWBIT_EMULATE
+  return *reinterpret_cast<uint2*>(emulator::shared_pointer(address, 8, "ld.shared.v2"));
+#else
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+#endif
+}
+
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
+#ifdef LOWBIT_EMULATE
+  return *reinterpret_cast<uint32_t*>(emulator::shared_pointer(address, 4, "ld.shared"));
+#else
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+#endif
+}
+
 __device__ __forceinline__ void store_shared_16(uint32_t address, int4 v) {
 #ifdef LOWBIT_EMULATE
   *reinterpret_cast<int4*>(emulator::shared_pointer(address, 16, "st.shared.v4")) = v;

@@ -75,7 +75,8 @@ struct Gemm : Operands_, Tile_ {
   static constexpr int kPanelBytes = kStageTiles * kTileBytes;  // 64 channels of a stage
 
   static constexpr int kXBytes = kTokens * kRowBytes;
-  static constexpr int kWBytes = kChannels / kFragmentTile * kPanelBytes;
+  static constexpr int kPanels = kChannels / kFragmentTile;
+  static constexpr int kWBytes = kPanels * kPanelBytes;
   static constexpr int kScaleBytes = kSlots * kChannels * static_cast<int>(sizeof(uint2));
   static constexpr int kStageBytes = kXBytes + kWBytes + kScaleBytes;
   static constexpr int kSumsStride = kChannels + kRowPad;
@@ -100,8 +101,10 @@ struct Copies {
   static constexpr int kRows = G::kThreads / G::kRowChunks;  // at once
   static constexpr int kBytes = G::kThreads * kChunk;        // of weights, at once
   static_assert((8 % kRows == 0 || kRows % 8 == 0) && G::kTokens % kRows == 0, "whole rows");
-  static_assert(G::kWBytes % kBytes == 0, "threads copy the same number of chunks");
-  static_assert(G::kPanelBytes % kBytes == 0 || kBytes % G::kPanelBytes == 0, "whole panels");
+  static constexpr bool kAllCopy = G::kWBytes % kBytes == 0;  // in every round
+  static_assert(G::kPanels == 1 || kAllCopy, "the rest of a round is of no panel");
+  static_assert(G::kPanels == 1 || G::kPanelBytes % kBytes == 0 || kBytes % G::kPanelBytes == 0,
+                "whole panels");
 
   const uint8_t *x, *w;       // its first chunks of the next stage
   int64_t row_bytes, w_step;  // from a row of x, and from a panel of w, to the next
@@ -142,7 +145,8 @@ struct Copies {
                   inside ? kChunk : 0);
     }
 #pragma unroll
-    for (int i = 0; i < G::kWBytes / kBytes; ++i) {
+    for (int i = 0; i < ceil_div(G::kWBytes, kBytes); ++i) {
+      if (!kAllCopy && static_cast<int>(threadIdx.x) * kChunk + i * kBytes >= G::kWBytes) break;
       const int panel = i * kBytes / G::kPanelBytes, byte = i * kBytes % G::kPanelBytes;
       const int tile =
           (byte + static_cast<int>(threadIdx.x) * kChunk % G::kPanelBytes) / G::kTileBytes;
@@ -205,7 +209,7 @@ template <class G>
 struct Fragments {
   static constexpr int kTokenLoads = G::kColumns == 1 ? 1 : G::kColumns / 2;
   static constexpr int kTokenSteps = G::kColumns == 1 ? 2 : 1;  // of a load
-  uint4 weights[G::kSlabs];                                     // kStepsOfLoad steps
+  uint32_t weights[G::kSlabs][G::Weights::kLoadWords];          // codes of kStepsOfLoad steps
   uint32_t tokens[kTokenLoads][4];  // B registers of two columns, or of one and two steps
 
   // Of `step` of the stage at `stage`; `warp_n` and `warp_m` place the warp in the block.
@@ -226,10 +230,10 @@ struct Fragments {
     const int slab0 = warp_n * G::kSlabs;  // 4 slabs are a tile
     const uint32_t tile = stage + G::kXBytes + slab0 / 4 * G::kPanelBytes +
                           step / kStepsOfTile * G::kTileBytes + slab0 % 4 * G::kSlabBytes +
-                          step % kStepsOfTile / kStepsOfLoad * kWarp * kChunk;
+                          step % kStepsOfTile / kStepsOfLoad * G::Weights::kLoadBytes;
 #pragma unroll
     for (int slab = 0; slab < G::kSlabs; ++slab) {
-      weights[slab] = load_shared_16(tile + slab * G::kSlabBytes + lane * kChunk);
+      G::Weights::load(weights[slab], tile + slab * G::kSlabBytes);
     }
   }
 
@@ -270,13 +274,11 @@ struct Sums {
   __device__ __forceinline__ void multiply(const Fragments<G>& fragments, int step,
                                            const WeightMagic& magic) {
     using T = typename G::T;
-    constexpr int kStepsOfLoad = G::Weights::kStepsOfLoad;
 #pragma unroll
     for (int slab = 0; slab < G::kSlabs; ++slab) {
-      const uint4& four = fragments.weights[slab];
-      const uint32_t words[4] = {four.x, four.y, four.z, four.w};
       uint32_t a[4];
-      G::Weights::expand(a, words + step % kStepsOfLoad * G::Weights::kWords, magic, offset[slab]);
+      G::Weights::expand(a, fragments.weights[slab], step % G::Weights::kStepsOfLoad, magic,
+                         offset[slab]);
 #pragma unroll
       for (int column = 0; column < G::kColumns; ++column) {
         uint32_t b[2];

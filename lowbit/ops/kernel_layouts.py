@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from lowbit import cuda
-from lowbit.formats import GROUP_SIZES, IntFormat, Layout, PackedTensor, codes_shape
+from lowbit.formats import FRAGMENT_BITS, GROUP_SIZES, IntFormat, Layout, PackedTensor, codes_shape
 from lowbit.ops.int_gemm import CUDA_GROUP_SIZES, CUDA_INT4_SM, INT_GEMM
 from lowbit.ops.int_gemm import call_arguments as int_gemm_arguments
 from lowbit.ops.pack import to_layout
@@ -22,13 +22,15 @@ def cuda_layout(w: IntFormat, x: IntFormat | None, K: int, N: int, sm: int) -> L
     ROW_MAJOR, on sm_80 .. sm_89, which alone have 4-bit matrix units; else FRAGMENT, which wants
     BYTES. For activations that are not quantized (None) FRAGMENT_FLOAT.
     """
-    if w.storage_bits not in (4, 8) or N % 8 or K % (8 if x is None else 16):
+    if N % 8 or K % (8 if x is None else 16):
         return None
     per_channel = w.group_size is None
     if x is None:
         takes = per_channel or w.group_size in GROUP_SIZES and not w.two_level
         return Layout.FRAGMENT_FLOAT if takes else None
-    if not w.symmetric or not (per_channel or w.two_level and w.group_size in CUDA_GROUP_SIZES):
+    if w.storage_bits not in FRAGMENT_BITS[Layout.FRAGMENT] or not w.symmetric:
+        return None
+    if not (per_channel or w.two_level and w.group_size in CUDA_GROUP_SIZES):
         return None
     is_int4 = sm in CUDA_INT4_SM and w.bits == x.bits == 4
     return Layout.FRAGMENT_INT4 if is_int4 else Layout.FRAGMENT

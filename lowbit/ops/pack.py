@@ -25,12 +25,13 @@ from lowbit.ops.dispatch import Backend, Op, why_not_triton
 
 # A word is the integer that holds one code per byte for as many codes as fill whole packed bytes:
 # 4, 8 and 2 codes in 1, 3 and 1 packed bytes. The reference works on whole words, and reads the
-# bytes of an integer lowest first, as every machine that torch runs on does.
-_WORDS = {2: torch.int32, 3: torch.int64, 4: torch.int16, 8: torch.int8}
+# bytes of an integer lowest first, as every machine that torch runs on does. 1 bit is no width of
+# codes, but of a plane of kernel layouts.
+_WORDS = {1: torch.int64, 2: torch.int32, 3: torch.int64, 4: torch.int16, 8: torch.int8}
 
 
 def _codes_per_word(bits: int) -> int:
-    """Codes in the smallest whole number of bytes: 4, 8, 2, 1 for 2, 3, 4, 8 bits."""
+    """Codes in the smallest whole number of bytes: 8, 4, 8, 2, 1 for 1, 2, 3, 4, 8 bits."""
     return _WORDS[bits].itemsize
 
 
@@ -146,7 +147,7 @@ def unpack(packed: Tensor, bits: int, signed: bool, backend: str | None = None) 
 
 # How a kernel layout's axes follow from those of the matrix: (layout, stored bits) -> axes that the
 # columns of a tile split into, and the order of all axes in memory, slowest first. Rows split into
-# r (16 of them), w_low (8) and g; lane = 4 g + t. Axes of a packed layout end with its two nibbles.
+# r (16 of them), w_low (8) and g; lane = 4 g + t. Axes of a packed layout end with a byte's codes.
 _ROW_AXES, _ROW_SIZES = ("tile_n", "r", "w_low", "g"), (4, 2, 8)
 _COLUMN_AXES = {
     (Layout.FRAGMENT, 8): (("s", "w_high", "t", "b"), (2, 2, 4, 4)),
@@ -154,19 +155,32 @@ _COLUMN_AXES = {
     (Layout.FRAGMENT_INT4, 4): (("w_high", "t", "b", "nibble"), (2, 4, 4, 2)),
     (Layout.FRAGMENT_FLOAT, 8): (("s", "w", "t", "half"), (2, 4, 4, 2)),
     (Layout.FRAGMENT_FLOAT, 4): (("w", "w_high", "t", "half"), (4, 2, 4, 2)),
+    (Layout.FRAGMENT_FLOAT, 2): (("w", "s", "w_high", "t", "half"), (2, 2, 2, 4, 2)),
+    (Layout.FRAGMENT_FLOAT, 1): (("s", "w_high", "t", "half"), (4, 2, 4, 2)),
 }
 _LANE_AXES = ("g", "t", "w_high", "w_low", "b")
+_NIBBLE_AXES = ("half", "w_high", "w_low")
 _MEMORY_AXES = {
     (Layout.FRAGMENT, 8): ("tile_n", "tile_k", "r", "s", *_LANE_AXES),
     (Layout.FRAGMENT, 4): ("tile_n", "tile_k", "r", *_LANE_AXES, "s"),
     (Layout.FRAGMENT_INT4, 4): ("tile_n", "tile_k", "r", *_LANE_AXES, "nibble"),
     (Layout.FRAGMENT_FLOAT, 8): ("tile_n", "tile_k", "r", "s", "g", "t", "w", "half", "w_low"),
-    (Layout.FRAGMENT_FLOAT, 4): ("tile_n", "tile_k", "r", "g", "t", "w", "half", "w_high", "w_low"),
+    (Layout.FRAGMENT_FLOAT, 4): ("tile_n", "tile_k", "r", "g", "t", "w", *_NIBBLE_AXES),
+    (Layout.FRAGMENT_FLOAT, 2): ("tile_n", "tile_k", "r", "g", "t", "w", *_NIBBLE_AXES, "s"),
+    (Layout.FRAGMENT_FLOAT, 1): ("tile_n", "tile_k", "r", "g", "t", *_NIBBLE_AXES, "s"),
 }
+# 3-bit codes are two planes, of their two lower bits and of the highest: one after the other in
+# each slab of 16 rows.
+_SLABS, _PLANES = _ROW_SIZES[0], (2, 1)
+_PLANE_BYTES = [FRAGMENT_TILE // _SLABS * FRAGMENT_TILE * bits // 8 for bits in _PLANES]
 
 
 def _to_fragment(codes: Tensor, layout: Layout, bits: int) -> Tensor:
     """uint8 [ceil(N / 64), ceil(K / 64), bytes of a tile] of int8 or uint8 codes [N, K]."""
+    if bits == sum(_PLANES):
+        parts = zip((codes, codes >> _PLANES[0]), _PLANES, strict=True)
+        planes = [_to_fragment(part, layout, width) for part, width in parts]
+        return torch.cat([plane.unflatten(2, (_SLABS, -1)) for plane in planes], -1).flatten(2)
     columns, sizes = _COLUMN_AXES[layout, bits]
     axes = (*_ROW_AXES, "tile_k", *columns)
     N, K = codes.shape
@@ -183,6 +197,13 @@ def fragment_codes(
 ) -> Tensor:
     """Codes [N, K] = `shape` of a kernel layout's bytes, int8 when signed, else uint8; `bits` is a
     storage width."""
+    if bits == sum(_PLANES):
+        planes = fragment.unflatten(2, (_SLABS, -1)).split(_PLANE_BYTES, -1)
+        low, high = (
+            fragment_codes(plane.flatten(2), layout, width, shape, signed and width == _PLANES[1])
+            for plane, width in zip(planes, _PLANES, strict=True)
+        )
+        return low.view(high.dtype) | high << _PLANES[0]
     columns, sizes = _COLUMN_AXES[layout, bits]
     axes, memory = (*_ROW_AXES, "tile_k", *columns), _MEMORY_AXES[layout, bits]
     size = dict(zip((*_ROW_AXES[1:], *columns), (*_ROW_SIZES, *sizes), strict=True))

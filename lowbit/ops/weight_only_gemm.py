@@ -122,8 +122,6 @@ def _why_not_operands_in_cuda(args: tuple) -> str | None:
     (K, N), G = (x.shape[1], w_scale.shape[0]), w_scale.shape[1]
     if x.dtype not in CUDA_DTYPES:
         return f"the CUDA kernel takes x of fp16 or bf16, got {x.dtype}"
-    if IntFormat(w_bits).storage_bits not in (4, 8):
-        return f"the CUDA kernel reads codes packed in 4 or 8 bits, w_bits is {w_bits}"
     if w_layout != Layout.FRAGMENT_FLOAT:
         return f"the CUDA kernel reads weights fragment_float, w is {w_layout}: see to_layout"
     if K == 0 or K % 8 or N % 8:
