@@ -161,11 +161,14 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_
   return y;
 }
 
-// numbers: M, N, K, and the stored bits of the weights
+// numbers: M, N, K, and the stored bits of the weights: 2, 3, 4 or 8
 std::string describe(const int64_t* numbers, int n, int, int num_sms) {
-  if (n != 4) return "numbers must be M, N, K and the stored bits of the weights";
+  const int64_t bits = n == 4 ? numbers[3] : 0;
+  if (bits != 8 && (bits < 2 || bits > 4)) {
+    return "numbers must be M, N, K and the stored bits of the weights: 2, 3, 4 or 8";
+  }
   return describe_plan<Tiles>(
-      plan(numbers[0], numbers[1], numbers[2], static_cast<int>(numbers[3]), num_sms));
+      plan(numbers[0], numbers[1], numbers[2], static_cast<int>(bits), num_sms));
 }
 
 const bool kRegistered = [] {

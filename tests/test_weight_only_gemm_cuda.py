@@ -104,6 +104,11 @@ def test_tokens_reach_every_tile():
 
 
 @on_sm80
+def test_plan_of_bits_that_are_not_stored():
+    assert "stored bits of the weights: 2, 3, 4 or 8" in plan(1, 64, 64, 6, 1)
+
+
+@on_sm80
 @DTYPES
 @BITS
 @GRIDS
@@ -184,7 +189,7 @@ def test_every_code_in_every_place(dtype, bits, M):
 SPLITS = {  # tile -> M, N, and SMs of which it takes several with few tiles
     "64x8": (3, 72, 108),
     "64x16": (12, 200, 8),
-    "64x64": (40, 264, 12),
+    "64x64": (60, 264, 12),
     "128x128": (120, 128, 3),
 }
 
@@ -394,3 +399,21 @@ def test_matrix_instructions(architecture):
             assert not re.search(r"\bI2F(?![.\w]*RP)", code), name  # RP: of an integer division
             seen.add(half)
     assert seen == {True, False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", sass.ARCHITECTURES)
+def test_a_register_of_codes_is_one_lop3(architecture):
+    """Mask and exponent in one, four for a product; of 3 bits one more joins the planes."""
+    of_64x8 = r"weight_only_gemm_kernel<.*Operands<\w+, (?:\(int\))?([234]), .*Tile<\D*64, \D*8, "
+    seen = set()
+    for name, code in sass.kernels_sass(sass.built()[0], architecture).items():
+        if found := re.search(of_64x8, name):
+            bits, products = int(found[1]), len(re.findall(r"HMMA", code))
+            ones = f"{(1 << bits) - 1:x}"
+            masks = rf"LOP3\.LUT .*, 0x{ones}000{ones}0?, "
+            assert len(re.findall(masks, code)) == 4 * products, name
+            joined = len(re.findall(r"LOP3\.LUT .*, 0x(?:33333333|cccccccc), ", code))
+            assert joined == products * (bits == 3), name
+            seen.add(bits)
+    assert seen == {2, 3, 4}

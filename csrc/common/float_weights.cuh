@@ -99,8 +99,8 @@ struct FloatWeights {
   }
 
   // Nibbles whose lowest kBits are the codes of a step of the load.
-  __host__ __device__ __forceinline__ static uint32_t nibbles(const uint32_t (&words)[kLoadWords],
-                                                              int step) {
+  __device__ __forceinline__ static uint32_t nibbles(const uint32_t (&words)[kLoadWords],
+                                                     int step) {
     static_assert(kBits <= 4, "others are bytes");
     if constexpr (kBits == 4) return words[step];
     const uint32_t low = words[step / 2] >> (step % 2 * 2);
@@ -108,7 +108,7 @@ struct FloatWeights {
     // bit `step` of its nibbles is the highest of the code: to bit 2, and not across bit 1
     const uint32_t plane = words[kLoadWords - 1];
     const uint32_t top = step < 2 ? plane << (2 - step) : plane >> (step - 2);
-    return (low & kLowPairs) | (top & ~kLowPairs);
+    return select_bits(kLowPairs, low, top);
   }
 
   // a: the registers of a step of the load; offsets: of rows g and g + 8.
@@ -123,7 +123,7 @@ struct FloatWeights {
         if constexpr (kIsHalf) {
           a[i] = fma_f16x2((word & kMask) ^ magic.low, kFp16x2_One, offsets[i % 2]);
         } else {
-          const uint32_t low = (word & (kMask ^ kTopBitOfHalves)) ^ magic.low;
+          const uint32_t low = and_xor(word, kMask ^ kTopBitOfHalves, magic.low);
           a[i] = fma_bf16x2(low, kBf16x2_One, (word & kTopBitOfHalves) ^ magic.high);
         }
       }

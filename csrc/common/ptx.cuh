@@ -93,6 +93,28 @@ __device__ __forceinline__ uint32_t upper_halves(uint32_t a, uint32_t b) {
 #endif
 }
 
+// The bits of a where those of mask are set, of b where not: one LOP3, of which nvcc makes two.
+__device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+#ifdef LOWBIT_EMULATE
+  return (a & mask) | (b & ~mask);
+#else
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(d) : "r"(a), "r"(b), "r"(mask));
+  return d;
+#endif
+}
+
+// (a & mask) ^ c: one LOP3, of which nvcc makes two where both are constants.
+__device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t c) {
+#ifdef LOWBIT_EMULATE
+  return (a & mask) ^ c;
+#else
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(d) : "r"(a), "r"(mask), "r"(c));
+  return d;
+#endif
+}
+
 // a b + c of two pairs of halves, each rounded once.
 __device__ __forceinline__ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
 #ifdef LOWBIT_EMULATE

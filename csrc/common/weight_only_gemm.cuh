@@ -352,11 +352,9 @@ __device__ __forceinline__ void gemm_block(const Arguments& a, int4* workspace, 
     const uint2* scales_here = scales_of(buffer) + warp_channel;
 #pragma unroll
     for (int step = 0; step < G::kSteps; ++step) {
-      if (step % 2 == 0 && (step & (steps_of_group - 1)) == 0) {
+      if (step == 0) {
         sums.start_group(scales_here);
-        scales_here += G::kChannels;
-      }
-      if (step == 0) {  // into the stage that the last barrier found read by all
+        // into the stage that the last barrier found read by all
         const int free = buffer == 0 ? G::kStages - 1 : buffer - 1;
         copies.start(stage_at(free));
         scales.store(a, scales_of(free));
@@ -371,7 +369,14 @@ __device__ __forceinline__ void gemm_block(const Arguments& a, int4* workspace, 
       fragments.load(stage_at(step == G::kSteps - 1 ? next : buffer), (step + 1) % G::kSteps,
                      warp_n, warp_m);
       sums.multiply(loaded, step, magic);
-      if (step % 2 == 1 && ((step + 1) & (steps_of_group - 1)) == 0) sums.end_group();
+      if (step == G::kSteps - 1) {
+        sums.end_group();
+      } else if (step % 2 == 1 && ((step + 1) & (steps_of_group - 1)) == 0) {
+        // both in one place: ptxas then branches over them, and only predicates either alone
+        sums.end_group();
+        scales_here += G::kChannels;
+        sums.start_group(scales_here);
+      }
     }
     buffer = next;
   }
