@@ -21,12 +21,12 @@ from torch import Tensor
 
 from lowbit.errors import InputError
 from lowbit.formats import MIN_SCALE, IntFormat, PackedTensor
-from lowbit.rounding.grid import WeightGrid, codes_on_grid, on_grid, weight_grid
+from lowbit.rounding.grid import WeightGrid, codes_on_grid, weight_grid
 from lowbit.rounding.rtn import packed_weight
 from lowbit.rounding.statistics import Statistics
 
 ROWS_AT_ONCE = 256
-SMALLEST = 1e-8  # below this |x|^(p - 1) is not computed
+SMALLEST = 1e-8  # |x| below this counts as this much: its logarithm is taken
 
 
 @dataclass(frozen=True)
@@ -59,53 +59,59 @@ class HQQ:
         return packed_weight(codes, grid, format), {}
 
     def _grid(self, weight: Tensor, format: IntFormat) -> WeightGrid:
-        grid = best = weight_grid(weight, format)
-        least = self._error(weight, grid, format)
-        for solve in (_zero, _scale) if not format.symmetric else (_scale,):
-            beta, current = self.beta, best
-            for _ in range(self.iterations):
-                error = weight - on_grid(weight, current.step, current.zero_point, format)
-                kept = weight - self._shrink(error, beta)
-                current = solve(weight, kept, current, format)
-                error = self._error(weight, current, format)
-                better = error < least
-                least = torch.where(better, error, least)
-                best = WeightGrid(
-                    *(
-                        None if old is None else torch.where(better, new, old)
-                        for new, old in zip(current[:2], best[:2], strict=True)
-                    )
-                )
+        best = weight_grid(weight, format)
+        least = torch.full_like(best.scale, torch.inf, dtype=torch.float32)
+        for solve in (_scale,) if format.symmetric else (_zero, _scale):
+            beta, grid = self.beta, best
+            for _ in range(self.iterations + 1):  # the last grid is only looked at
+                codes = _groups(codes_on_grid(weight, grid.step, grid.zero_point, format), grid)
+                large, lost = self._split(weight, codes, grid, beta)
+                better = lost < least
+                least = torch.where(better, lost, least)
+                best = _chosen(better, grid, best)
+                grid = solve(_groups(weight, grid) - large, codes, grid, format)
                 beta *= self.growth
         return best
 
-    def _shrink(self, x: Tensor, beta: float) -> Tensor:
-        size = x.abs()
-        return x.sign() * (size - size.clamp(min=SMALLEST) ** (self.p - 1) / beta).clamp(min=0)
-
-    def _error(self, weight: Tensor, grid: WeightGrid, format: IntFormat) -> Tensor:
-        """[N, G]: sum over a group of |error|^p."""
-        error = (weight - on_grid(weight, grid.step, grid.zero_point, format)).abs()
-        return (error**self.p).unflatten(-1, (grid.scale.shape[-1], -1)).sum(-1)
+    def _split(
+        self, weight: Tensor, codes: Tensor, grid: WeightGrid, beta: float
+    ) -> tuple[Tensor, Tensor]:
+        """(E [N, G, g], sum over a group of |error|^p [N, G])."""
+        error = _groups(weight, grid) - _centred(codes, grid) * grid.step.unsqueeze(-1)
+        size = error.abs()
+        log = size.clamp(min=SMALLEST).log_()
+        lost = (log * self.p).exp_().sum(-1)
+        shrunk = (size - log.mul_(self.p - 1).exp_().div_(beta)).clamp_(min=0)
+        return shrunk.copysign_(error), lost
 
 
 def _groups(t: Tensor, grid: WeightGrid) -> Tensor:
     return t.unflatten(-1, (grid.scale.shape[-1], -1))
 
 
-def _zero(weight: Tensor, kept: Tensor, grid: WeightGrid, format: IntFormat) -> WeightGrid:
-    codes = codes_on_grid(weight, grid.step, grid.zero_point, format)
-    zero = _groups(codes, grid) - _groups(kept, grid) / grid.step.unsqueeze(-1)
-    zero = zero.mean(-1).round().clamp(0, format.qmax)
+def _centred(codes: Tensor, grid: WeightGrid) -> Tensor:
+    """What the scale multiplies, [N, G, g]."""
+    if grid.zero_point is None:
+        return codes
+    return codes - grid.zero_point.float().unsqueeze(-1)
+
+
+def _chosen(better: Tensor, new: WeightGrid, old: WeightGrid) -> WeightGrid:
+    zero = None
+    if new.zero_point is not None:
+        zero = torch.where(better, new.zero_point, old.zero_point)
+    return WeightGrid(torch.where(better, new.scale, old.scale), zero)
+
+
+def _zero(kept: Tensor, codes: Tensor, grid: WeightGrid, format: IntFormat) -> WeightGrid:
+    zero = (codes - kept / grid.step.unsqueeze(-1)).mean(-1).round().clamp(0, format.qmax)
     return WeightGrid(grid.scale, zero.nan_to_num(0).to(torch.uint8))
 
 
-def _scale(weight: Tensor, kept: Tensor, grid: WeightGrid, format: IntFormat) -> WeightGrid:
-    codes = _groups(codes_on_grid(weight, grid.step, grid.zero_point, format), grid)
-    if grid.zero_point is not None:
-        codes = codes - grid.zero_point.float().unsqueeze(-1)
-    power = codes.square().sum(-1)
-    scale = (codes * _groups(kept, grid)).sum(-1) / power
+def _scale(kept: Tensor, codes: Tensor, grid: WeightGrid, format: IntFormat) -> WeightGrid:
+    centred = _centred(codes, grid)
+    power = centred.square().sum(-1)
+    scale = (centred * kept).sum(-1) / power
     largest = torch.finfo(grid.scale.dtype).max
     scale = torch.where(power > 0, scale, grid.step).clamp(MIN_SCALE, largest)
     return WeightGrid(scale.to(grid.scale.dtype), grid.zero_point)
