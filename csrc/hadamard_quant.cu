@@ -68,6 +68,23 @@ struct Kernels {
   }
 };
 
+template <class Tile>
+void register_tile(const char* name) {
+  register_kernel({"hadamard_quant", name,
+                   reinterpret_cast<const void*>(&hadamard_quant_kernel<Tile>), Tile::kMaxThreads,
+                   largest_smem_bytes<Tile>(), 80, 120});
+}
+
+const bool kRegistered = [] {
+#define LOWBIT_VISIT(m, n, units, threads) \
+  register_tile<RotationTile<m, n, units, threads>>(#m "x" #n "_" #threads);
+  LOWBIT_ROTATION_TILES(LOWBIT_VISIT)
+#undef LOWBIT_VISIT
+  return true;
+}();
+
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> hadamard_quant(const Tensor& x,
                                                   const std::optional<Tensor>& signs, int64_t order,
                                                   int64_t inner, int64_t dense, int64_t bits,
@@ -88,22 +105,6 @@ std::tuple<Tensor, Tensor, Tensor> hadamard_quant(const Tensor& x,
   return {out.codes, out.scales, out.zero_points};
 }
 
-template <class Tile>
-void register_tile(const char* name) {
-  register_kernel({"hadamard_quant", name,
-                   reinterpret_cast<const void*>(&hadamard_quant_kernel<Tile>), Tile::kMaxThreads,
-                   largest_smem_bytes<Tile>(), 80, 120});
-}
-
-const bool kRegistered = [] {
-#define LOWBIT_VISIT(m, n, units, threads) \
-  register_tile<RotationTile<m, n, units, threads>>(#m "x" #n "_" #threads);
-  LOWBIT_ROTATION_TILES(LOWBIT_VISIT)
-#undef LOWBIT_VISIT
-  return true;
-}();
-
-}  // namespace
 }  // namespace lowbit
 
 LOWBIT_LIBRARY_FRAGMENT(m) {

@@ -16,21 +16,22 @@
 //           16-bit words gives positions 2 t and 2 t + 1 of one word, so of each of its codes a B
 //           register; the zero points are one more column
 //   step 6  warps' sums in order, through shared memory; out, or a split's share of it
-// A second kernel adds the splits of a row in order. How many there are follows from shapes alone,
-// so that a graph can be captured; splits beyond a sequence's length end at once.
+// A second kernel adds the splits of a row in order: here, or in csrc/kv_attention_quant.cu, which
+// then quantizes it. How many there are follows from shapes alone, so that a graph can be captured;
+// splits beyond a sequence's length end at once.
 // Decode is bound by reading K and V (136 bytes a position and KV head of 128 with 4 bits), prefill
 // by issuing instructions: docs/notes/0007.
 
 #include <algorithm>
 #include <cmath>
 
-#include "common/kv_attention.cuh"
-#include "common/launch.h"
+#include "common/kv_combine.cuh"
+#include "common/kv_launch.h"
 
 namespace lowbit {
 namespace {
 
-using kv::Arguments, kv::Pages, kv::Sequence, kv::Tile;
+using kv::Arguments, kv::Attention, kv::Call, kv::Pages, kv::Tile;
 
 constexpr int kBlocksPerSm = 3;      // that splits of decode are to fill
 constexpr int kShortestSplit = 256;  // positions
@@ -44,30 +45,20 @@ __global__ void __launch_bounds__(T::kThreads) kv_attention_kernel(Arguments a) 
   kv::kv_attention_block<T>(a);
 }
 
-// A block a row: the splits in which it sees something; all others are not written.
+// A block a row.
 __global__ void __launch_bounds__(kCombineThreads) kv_attention_combine_kernel(Arguments a) {
   const int num_q_heads = a.num_kv_heads * a.heads, rows = a.T * num_q_heads;
-  const int row = blockIdx.x, query = row / num_q_heads;
-  const Sequence sequence = kv::find(query, a, 1, 1);
-  const int seen = sequence.length - sequence.queries + 1 + query - sequence.first_query;
-  const int used = seen > 0 ? ceil_div(seen, a.split_length) : 0;
-  float top = -INFINITY;
-  for (int split = 0; split < used; ++split)
-    top = fmaxf(top, a.row_max[split * int64_t{rows} + row]);
-  if (top == -INFINITY) top = 0.0f;  // all nan, or nothing
-  float total = 0.0f;
-  for (int split = 0; split < used; ++split) {
-    const int64_t at = split * int64_t{rows} + row;
-    total += a.row_sum[at] * exp2_approx(a.row_max[at] - top);
-  }
-  const float inverse = used > 0 ? div_rn(1.0f, total) : 0.0f;
+  const int row = blockIdx.x;
+  const kv::RowSplits splits{a.row_max + row, a.row_sum + row, rows,
+                             kv::splits_seen(a, row / num_q_heads)};
+  const float top = splits.top(), inverse = splits.inverse(top);
 #pragma unroll 1
   for (int d = threadIdx.x; d < a.head_dim; d += kCombineThreads) {
     float y = 0.0f;
 #pragma unroll 4
-    for (int split = 0; split < used; ++split) {
+    for (int split = 0; split < splits.used; ++split) {
       const int64_t at = split * int64_t{rows} + row;
-      y += a.partial[at * a.head_dim + d] * exp2_approx(a.row_max[at] - top);
+      y = kv::add_split(y, a.partial[at * a.head_dim + d], splits.weight(split, top));
     }
     a.out[int64_t{row} * a.head_dim + d] = kv::narrow(y * inverse, a.is_bf16);
   }
@@ -110,99 +101,89 @@ Plan plan_for(int64_t T, int64_t B, int64_t heads, int64_t num_kv_heads, int64_t
 }
 
 template <class T>
-void launch_tile(Arguments a, const Plan& plan, int device) {
+void launch_tile(const char* op, Arguments a, const Plan& plan, int device) {
   a.tile_rows = plan.one_query ? a.heads : T::kRows;
   const auto blocks = static_cast<unsigned>(plan.tiles * a.num_kv_heads);
-  launch({"kv_attention",
+  launch({op,
           text("T=", a.T, " B=", a.B, " heads=", a.heads, "x", a.num_kv_heads,
                " head_dim=", a.head_dim, " splits=", plan.splits),
           device, dim3(blocks, plan.splits), T::kThreads, T::kSmemBytes},
          &kv_attention_kernel<T>, a);
 }
 
-Pages pages_of(const Tensor& codes, const Tensor& scale, const Tensor& zero_point, int64_t rows,
-               int64_t row_bytes, int device) {
-  check_tensor("kv_attention", "codes", codes, ScalarType::Byte, rows * row_bytes, device);
-  check_tensor("kv_attention", "scale", scale, ScalarType::Half, rows, device, 2);
-  check_tensor("kv_attention", "zero_point", zero_point, ScalarType::Byte, rows, device, 1);
+Pages pages_of(const char* op, const Tensor& codes, const Tensor& scale, const Tensor& zero_point,
+               int64_t rows, int64_t row_bytes, int device) {
+  check_tensor(op, "codes", codes, ScalarType::Byte, rows * row_bytes, device);
+  check_tensor(op, "scale", scale, ScalarType::Half, rows, device, 2);
+  check_tensor(op, "zero_point", zero_point, ScalarType::Byte, rows, device, 1);
   return {pointer<uint8_t>(codes), pointer<__half>(scale), pointer<uint8_t>(zero_point)};
 }
 
-void check_table(const Tensor& t, int device) {
+void check_table(const char* op, const Tensor& t, int device) {
 #ifdef LOWBIT_EMULATE
   (void)device;
 #else
   check(t.is_cuda() && t.get_device_index() == device,
-        text("kv_attention: block_table must be on CUDA device ", device));
+        text(op, ": block_table must be on CUDA device ", device));
 #endif
-  check(t.scalar_type() == ScalarType::Int, "kv_attention: block_table must be int32");
-  check(t.sizes()[1] <= 1 || t.strides()[1] == 1, "kv_attention: rows of block_table are apart");
+  check(t.scalar_type() == ScalarType::Int, text(op, ": block_table must be int32"));
+  check(t.sizes()[1] <= 1 || t.strides()[1] == 1, text(op, ": rows of block_table are apart"));
+}
+
+// Without out and what splits need.
+Arguments arguments_of(const Call& c, int device) {
+  const int64_t T = c.q.sizes()[0], num_q_heads = c.q.sizes()[1], D = c.q.sizes()[2];
+  const int64_t B = c.block_table.sizes()[0], P = c.block_table.sizes()[1];
+  const int64_t page_size = c.k_scale.sizes()[1], num_kv_heads = c.k_scale.sizes()[2];
+  const int64_t cache_rows = c.k_scale.numel(), row_bytes = D * (c.bits == 4 ? 4 : 8) / 8;
+  check(D % 16 == 0 && D <= kv::kMaxHeadDim,
+        text(c.op, ": head_dim is a multiple of 16 to ", kv::kMaxHeadDim));
+  check(T * num_q_heads < 1ll << 30 && cache_rows < 1ll << 31 && P * page_size < 1ll << 30,
+        text(c.op, ": q or the cache is too large for its kernel's 32-bit numbers"));
+  const bool is_bf16 = c.q.scalar_type() == ScalarType::BFloat16;
+  check(is_bf16 || c.q.scalar_type() == ScalarType::Half, text(c.op, ": q must be fp16 or bf16"));
+  check_tensor(c.op, "q", c.q, c.q.scalar_type(), c.q.numel(), device);
+  check_table(c.op, c.block_table, device);
+  check_tensor(c.op, "seq_lens", c.seq_lens, ScalarType::Int, B, device, 4);
+  check_tensor(c.op, "query_start", c.query_start, ScalarType::Int, B + 1, device, 4);
+
+  Arguments a = {};
+  a.q = pointer<uint16_t>(c.q);
+  a.k = pages_of(c.op, c.k_codes, c.k_scale, c.k_zero_point, cache_rows, row_bytes, device);
+  a.v = pages_of(c.op, c.v_codes, c.v_scale, c.v_zero_point, cache_rows, row_bytes, device);
+  a.block_table = pointer<int>(c.block_table);
+  a.table_stride = c.block_table.strides()[0];
+  a.seq_lens = pointer<int>(c.seq_lens);
+  a.query_start = pointer<int>(c.query_start);
+  a.T = static_cast<int>(T), a.B = static_cast<int>(B), a.pages_of_row = static_cast<int>(P);
+  a.page_size = static_cast<int>(page_size), a.num_kv_heads = static_cast<int>(num_kv_heads);
+  a.heads = static_cast<int>(num_q_heads / num_kv_heads), a.head_dim = static_cast<int>(D);
+  a.is_bf16 = is_bf16;
+  a.factor = static_cast<float>(std::abs(c.scaling) * kLog2E);
+  a.k_factor = c.scaling < 0 ? -kv::kInverseCodeUnit : kv::kInverseCodeUnit;
+  return a;
+}
+
+void launch_splits(const Call& c, const Arguments& a, const Plan& plan, int device) {
+  const int code_bits = c.bits == 4 ? 4 : 8;
+#define LOWBIT_VISIT(bits, dim)                                                     \
+  if (code_bits == bits && a.head_dim <= dim) {                                     \
+    return plan.is_decode ? launch_tile<Decode<bits, dim>>(c.op, a, plan, device)   \
+                          : launch_tile<Prefill<bits, dim>>(c.op, a, plan, device); \
+  }
+  LOWBIT_KV_TILES(LOWBIT_VISIT)
+#undef LOWBIT_VISIT
 }
 
 Tensor kv_attention(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
                     const Tensor& k_zero_point, const Tensor& v_codes, const Tensor& v_scale,
                     const Tensor& v_zero_point, const Tensor& block_table, const Tensor& seq_lens,
                     const Tensor& query_start, int64_t bits, double scaling) {
-  const int64_t T = q.sizes()[0], num_q_heads = q.sizes()[1], D = q.sizes()[2];
-  const int64_t B = block_table.sizes()[0], P = block_table.sizes()[1];
-  const int64_t page_size = k_scale.sizes()[1], num_kv_heads = k_scale.sizes()[2];
-  const int64_t cache_rows = k_scale.numel(), code_bits = bits == 4 ? 4 : 8;
-  const int device = device_of(q);
-  check(D % 16 == 0 && D <= kv::kMaxHeadDim, "kv_attention: head_dim is a multiple of 16 to 256");
-  check(T * num_q_heads < 1ll << 30 && cache_rows < 1ll << 31 && P * page_size < 1ll << 30,
-        "kv_attention: q or the cache is too large for its kernel's 32-bit numbers");
-  const bool is_bf16 = q.scalar_type() == ScalarType::BFloat16;
-  check(is_bf16 || q.scalar_type() == ScalarType::Half, "kv_attention: q must be fp16 or bf16");
-  check_tensor("kv_attention", "q", q, q.scalar_type(), q.numel(), device);
-  check_table(block_table, device);
-  check_tensor("kv_attention", "seq_lens", seq_lens, ScalarType::Int, B, device, 4);
-  check_tensor("kv_attention", "query_start", query_start, ScalarType::Int, B + 1, device, 4);
-  Tensor out = new_empty(q, {T, num_q_heads, D}, q.scalar_type());
-  if (out.numel() == 0) return out;
-
-  Arguments a = {};
-  a.q = pointer<uint16_t>(q);
-  a.k = pages_of(k_codes, k_scale, k_zero_point, cache_rows, D * code_bits / 8, device);
-  a.v = pages_of(v_codes, v_scale, v_zero_point, cache_rows, D * code_bits / 8, device);
-  a.block_table = pointer<int>(block_table);
-  a.table_stride = block_table.strides()[0];
-  a.seq_lens = pointer<int>(seq_lens);
-  a.query_start = pointer<int>(query_start);
-  a.out = pointer<uint16_t>(out);
-  a.T = static_cast<int>(T), a.B = static_cast<int>(B), a.pages_of_row = static_cast<int>(P);
-  a.page_size = static_cast<int>(page_size), a.num_kv_heads = static_cast<int>(num_kv_heads);
-  a.heads = static_cast<int>(num_q_heads / num_kv_heads), a.head_dim = static_cast<int>(D);
-  a.is_bf16 = is_bf16;
-  a.factor = static_cast<float>(std::abs(scaling) * kLog2E);
-  a.k_factor = scaling < 0 ? -kv::kInverseCodeUnit : kv::kInverseCodeUnit;
-
-  const Plan plan = plan_for(T, B, a.heads, num_kv_heads, P * page_size, device_num_sms(device));
-  a.splits = plan.splits, a.split_length = plan.split_length;
-  // Alive until the launches are queued; memory is reused in the stream's order.
-  std::optional<Tensor> partial, rows;
-  if (plan.splits > 1) {
-    partial = new_empty(q, {plan.splits, T, num_q_heads, D}, ScalarType::Float);
-    rows = new_empty(q, {2, plan.splits, T, num_q_heads}, ScalarType::Float);
-    a.partial = pointer<float>(*partial);
-    a.row_max = pointer<float>(*rows);
-    a.row_sum = a.row_max + plan.splits * T * num_q_heads;
-  }
-  const auto launch_first = [&] {
-#define LOWBIT_VISIT(tile_bits, dim)                                               \
-  if (code_bits == tile_bits && D <= dim) {                                        \
-    return plan.is_decode ? launch_tile<Decode<tile_bits, dim>>(a, plan, device)   \
-                          : launch_tile<Prefill<tile_bits, dim>>(a, plan, device); \
-  }
-    LOWBIT_KV_TILES(LOWBIT_VISIT)
-#undef LOWBIT_VISIT
-  };
-  launch_first();
-  if (plan.splits > 1) {
-    launch({"kv_attention", text("combine, T=", T, " splits=", plan.splits), device,
-            dim3(static_cast<unsigned>(T * num_q_heads)), kCombineThreads},
-           &kv_attention_combine_kernel, a);
-  }
-  return out;
+  const Call call{"kv_attention", q,       k_codes,      k_scale,     k_zero_point,
+                  v_codes,        v_scale, v_zero_point, block_table, seq_lens,
+                  query_start,    bits,    scaling};
+  const auto shape = q.sizes();
+  return *kv::launch_attention(call, {shape.begin(), shape.end()}).out;
 }
 
 // ---- registration ------------------------------------------------------------------------------
@@ -238,6 +219,41 @@ const bool kRegistered = [] {
 }();
 
 }  // namespace
+
+Attention kv::launch_attention(const Call& call, const std::vector<int64_t>& out_shape,
+                               int64_t most_left) {
+  const int device = device_of(call.q);
+  Attention found = {{}, arguments_of(call, device), {}, {}};
+  Arguments& a = found.arguments;
+  const auto give_out = [&] {
+    found.out = new_empty(call.q, out_shape, call.q.scalar_type());
+    a.out = pointer<uint16_t>(*found.out);
+  };
+  if (call.q.numel() == 0) {
+    give_out();
+    return found;
+  }
+  const int64_t T = a.T, num_q_heads = a.num_kv_heads * a.heads;
+  const Plan plan = plan_for(T, a.B, a.heads, a.num_kv_heads, int64_t{a.pages_of_row} * a.page_size,
+                             device_num_sms(device));
+  a.splits = plan.splits, a.split_length = plan.split_length;
+  if (plan.splits == 1 || plan.splits > most_left) give_out();
+  if (plan.splits > 1) {
+    found.partial = new_empty(call.q, {plan.splits, T, num_q_heads, a.head_dim}, ScalarType::Float);
+    found.rows = new_empty(call.q, {2, plan.splits, T, num_q_heads}, ScalarType::Float);
+    a.partial = pointer<float>(*found.partial);
+    a.row_max = pointer<float>(*found.rows);
+    a.row_sum = a.row_max + plan.splits * T * num_q_heads;
+  }
+  launch_splits(call, a, plan, device);
+  if (plan.splits > 1 && found.out.has_value()) {
+    launch({call.op, text("combine, T=", T, " splits=", plan.splits), device,
+            dim3(static_cast<unsigned>(T * num_q_heads)), kCombineThreads},
+           &kv_attention_combine_kernel, a);
+  }
+  return found;
+}
+
 }  // namespace lowbit
 
 LOWBIT_LIBRARY_FRAGMENT(m) {
