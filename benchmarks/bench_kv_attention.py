@@ -23,14 +23,14 @@ def cases(setup: Setup) -> Iterator[Case]:
     for bits in BITS:
         for M in setup.rows:
             if M > DECODE_ROWS:
-                yield _case(setup.device, setup.model, bits, batch=1, queries=M, context=M)
+                yield attention_case(setup.device, setup.model, bits, batch=1, queries=M, context=M)
                 continue
             for context in setup.contexts:
                 if M * context <= MOST_TOKENS:
-                    yield _case(setup.device, setup.model, bits, M, 1, context)
+                    yield attention_case(setup.device, setup.model, bits, M, 1, context)
 
 
-def _case(device, model: Model, bits: int, batch: int, queries: int, context: int) -> Case:
+def attention_case(device, model: Model, bits: int, batch: int, queries: int, context: int) -> Case:
     Hq, Hkv, D = model.num_q_heads, model.num_kv_heads, model.head_dim
     T, pages = batch * queries, -(-context // PAGE_SIZE)
 

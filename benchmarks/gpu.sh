@@ -5,7 +5,7 @@
 #   check      every op at the shapes that are timed: bits on exact inputs; compiles their kernels
 #   tests      pytest -m "(gpu or interpret or emulate) and not slow": the kernels' tests, and a decode
 #              step as a CUDA graph
-#   sanitizer  compute-sanitizer memcheck and racecheck, once per op
+#   sanitizer  compute-sanitizer memcheck and racecheck, once per op; contexts of one split and more
 #   bench      those shapes, in what time is left, appended to a CSV row by row
 #
 # Settings, by environment:
@@ -20,7 +20,7 @@ ROOT=$PWD
 PYTHON=${LOWBIT_PYTHON:-python3}
 PARTS=${PARTS:-build check tests sanitizer bench}
 OPS=${OPS:-kv_attention int_gemm weight_only_gemm hadamard_quant silu_mul_hadamard_quant \
-    rmsnorm_quant kv_append hadamard quantize pack}
+    kv_attention_quant rmsnorm_quant kv_append hadamard quantize pack}
 SHAPES=${SHAPES:-llama3-8b}
 ROWS=${ROWS:-1 16 2048 8192}
 CONTEXTS=${CONTEXTS:-32768}
@@ -97,7 +97,7 @@ sanitizer() {
         for op in $OPS; do echo "$tool $op"; done
     done | xargs -P "$JOBS" -L 1 bash -c \
         '"$TOOL" --tool "$0" --target-processes application-only --error-exitcode 9 \
-            "$PYTHON" -m benchmarks.check "$1" --context 64 || { echo "$0 $1: FAILED"; exit 1; }'
+            "$PYTHON" -m benchmarks.check "$1" --context 64 600 || { echo "$0 $1: FAILED"; exit 1; }'
 }
 
 export -f build check tests bench sanitizer

@@ -5,6 +5,7 @@ from lowbit.ops.hadamard_quant import hadamard_quant
 from lowbit.ops.int_gemm import int_gemm
 from lowbit.ops.kv_append import KVPages, kv_append
 from lowbit.ops.kv_attention import kv_attention
+from lowbit.ops.kv_attention_quant import kv_attention_quant
 from lowbit.ops.pack import pack, to_layout, unpack
 from lowbit.ops.quantize import dequantize, quantize
 from lowbit.ops.rmsnorm_quant import rmsnorm_quant
@@ -19,6 +20,7 @@ __all__ = [
     "int_gemm",
     "kv_append",
     "kv_attention",
+    "kv_attention_quant",
     "pack",
     "quantize",
     "rmsnorm_quant",

@@ -25,6 +25,8 @@ sees it gets nan; what earlier queries of that sequence get is not specified.
     out           [T, num_q_heads, D]       q.dtype
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,8 @@ LARGEST_CUDA_HEAD, CUDA_HEAD_STEP = 256, 16
 QUERY_CHUNK = 64  # queries of one softmax: scores stay in the CPU's cache, and small at any length
 
 
-def _check(
+def check_attention(
+    op: str,
     q: Tensor,
     k_codes: Tensor,
     k_scale: Tensor,
@@ -53,19 +56,20 @@ def _check(
     bits: int,
     scaling: float,
 ):
+    """The checks every op that attends over the cache shares."""
     cache = (k_codes, k_scale, k_zero_point, v_codes, v_scale, v_zero_point)
-    check_cache("kv_attention", q, cache, bits)
+    check_cache(op, q, cache, bits)
     for name, t in (
         ("block_table", block_table),
         ("seq_lens", seq_lens),
         ("query_start", query_start),
     ):
         if t.dtype != torch.int32:
-            raise ValueError(f"kv_attention: {name} must be int32, got {t.dtype}")
+            raise ValueError(f"{op}: {name} must be int32, got {t.dtype}")
     B = block_table.shape[0] if block_table.dim() == 2 else None
     if B is None or seq_lens.shape != (B,) or query_start.shape != (B + 1,):
         raise ValueError(
-            "kv_attention: block_table, seq_lens and query_start must have shapes [B, P], [B] and "
+            f"{op}: block_table, seq_lens and query_start must have shapes [B, P], [B] and "
             f"[B + 1], got {tuple(block_table.shape)}, {tuple(seq_lens.shape)} and "
             f"{tuple(query_start.shape)}"
         )
@@ -194,7 +198,9 @@ _BACKENDS = {
     "cuda": Backend(_why_not_cuda, "lowbit.cuda:kv_attention"),
     "triton": Backend(_why_not_triton, "lowbit.kernels.kv_attention:kv_attention"),
 }
-KV_ATTENTION = Op("kv_attention", _check, _reference, _fake, _BACKENDS)
+KV_ATTENTION = Op(
+    "kv_attention", partial(check_attention, "kv_attention"), _reference, _fake, _BACKENDS
+)
 
 
 def kv_attention(

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA kv_attention_quant. The contract is in lowbit/ops/kv_attention_quant.py.
+//
+// The attention of csrc/kv_attention.cu. Where it is decode in a few splits, what adds them is step
+// 1 of common/hadamard.cuh, whose header has the map of data to threads: a block has a token's row
+// of all heads, so that the sum goes on to be rotated and quantized without a way through memory:
+//   step 1  a  maxima and sums of the splits of every head, to shared memory
+//           b  a thread a head: their weights, as common/kv_combine.cuh computes them
+//           c  units of 8: the weighted sum over the splits in order, narrowed as kv_attention does
+//   steps 2 to 4 as in csrc/hadamard_quant.cu
+// One split, or prefill, writes the row itself, and csrc/hadamard_quant.cu has it from there. So do
+// many splits, kept apart: the sum of a long context is 4 bytes an element and split, which all SMs
+// together read faster than the one that has the row.
+// Bytes: 4 splits K in, K or K / 2 out; saved are a launch and 4 K. Bound by the latency of a round
+// of loads a split, as a block has little else to wait for: docs/notes/0007.
+
+#include "common/hadamard_plan.h"
+#include "common/kv_combine.cuh"
+#include "common/kv_launch.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int kMostSplits = 8;  // that one block adds: not measured, docs/notes/0007
+
+struct Splits {
+  static constexpr bool kIsStaged = false;
+  kv::Arguments a;
+  Divisor by_head;  // in units
+
+  // Steps a and b: [used, heads] weights, as many sums, and [heads] inverses, where the row will be
+  // later.
+  __device__ __forceinline__ void weigh(float* weights, int used, int heads) const {
+    const int count = used * heads;
+    const int64_t rows = static_cast<int64_t>(a.T) * heads, first = int64_t{blockIdx.x} * heads;
+    float *sums = weights + count, *inverses = sums + count;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      const int split = i / heads;
+      const int64_t at = split * rows + first + (i - split * heads);
+      weights[i] = a.row_max[at];
+      sums[i] = a.row_sum[at];
+    }
+    sync_block();
+#pragma unroll 1
+    for (int head = threadIdx.x; head < heads; head += blockDim.x) {
+      const kv::RowSplits splits{weights + head, sums + head, heads, used};
+      const float top = splits.top();
+      inverses[head] = splits.inverse(top);
+#pragma unroll 1
+      for (int split = 0; split < used; ++split) {
+        weights[split * heads + head] = splits.weight(split, top);
+      }
+    }
+    sync_block();
+  }
+
+  template <int kUnits>
+  __device__ __forceinline__ void load(float (&to)[kUnits][kVector], int64_t start,
+                                       const uint32_t (&places)[kUnits]) const {
+    const int heads = a.num_kv_heads * a.heads, used = kv::splits_seen(a, blockIdx.x);
+    const int64_t stride = static_cast<int64_t>(a.T) * heads * a.head_dim;
+    float* weights = reinterpret_cast<float*>(row_slots());
+    weigh(weights, used, heads);
+
+    // Step c
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) zero_unit(to[u]);
+    const float* row = a.partial + start;
+#pragma unroll 1
+    for (int split = 0; split < used; ++split, row += stride, weights += heads) {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        if (places[u] == kNoUnit) continue;
+        float share[kVector];
+        load_vector(share, row + places[u] * kVector);
+        const float weight = weights[by_head.quotient(places[u])];
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) to[u][i] = kv::add_split(to[u][i], share[i], weight);
+      }
+    }
+    const float* inverses = weights + used * heads;  // weights are at their end
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      if (places[u] == kNoUnit) continue;
+      const float inverse = inverses[by_head.quotient(places[u])];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        to[u][i] = kv::widen(kv::narrow(to[u][i] * inverse, a.is_bf16), a.is_bf16);
+      }
+    }
+    sync_block();  // all have read what the row now overwrites
+  }
+};
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kMaxThreads) kv_attention_quant_kernel(
+    Splits source,
+    const uint32_t* __restrict__ signs,  // see common/hadamard.cuh, or null
+    uint8_t* __restrict__ codes,         // [T, K], or half when packed
+    void* __restrict__ scales,           // [T] fp32
+    uint8_t* __restrict__ zero_points,   // [T], unused when symmetric
+    Rotation rotation, IntGrid grid) {
+  rotate_and_quantize<Tile>(source, signs, codes, scales, zero_points, rotation, grid);
+}
+
+struct Kernels {
+  template <class Tile>
+  static auto of() {
+    return &kv_attention_quant_kernel<Tile>;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> kv_attention_quant(
+    const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, const Tensor& k_zero_point,
+    const Tensor& v_codes, const Tensor& v_scale, const Tensor& v_zero_point,
+    const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start, int64_t kv_bits,
+    double scaling, const std::optional<Tensor>& signs, int64_t order, int64_t inner, int64_t dense,
+    int64_t bits, bool symmetric, double clip, bool packed) {
+  const int64_t T = q.sizes()[0], D = q.sizes()[2], K = q.sizes()[1] * D;
+  order = order ? order : 1;
+  const kv::Call call{
+      "kv_attention_quant", q,           k_codes,  k_scale,     k_zero_point, v_codes, v_scale,
+      v_zero_point,         block_table, seq_lens, query_start, kv_bits,      scaling};
+  // Two numbers a split and one more, of every head, fit where its row will be.
+  const int64_t most_splits = std::min<int64_t>(kMostSplits, (D - 1) / 2);
+  const kv::Attention attention = kv::launch_attention(call, {T, K}, most_splits);
+  if (attention.out.has_value()) {
+    return hadamard_quant(*attention.out, signs, order, inner, dense, bits, symmetric, clip,
+                          packed);
+  }
+  RowCodes out = new_row_codes(q, {T, K}, bits, symmetric, packed);
+  const RotationArguments arguments{
+      call.op, q, signs, K, order, inner, dense, out, int_grid(bits, symmetric, clip, packed)};
+  launch_rotation<Kernels>(arguments,
+                           Splits{attention.arguments, divisor(static_cast<int>(D / kVector))});
+  return {out.codes, out.scales, out.zero_points};
+}
+
+template <class Tile>
+void register_tile(const char* name) {
+  register_kernel({"kv_attention_quant", name,
+                   reinterpret_cast<const void*>(&kv_attention_quant_kernel<Tile>),
+                   Tile::kMaxThreads, largest_smem_bytes<Tile>(), 80, 120});
+}
+
+const bool kRegistered = [] {
+#define LOWBIT_VISIT(m, n, units, threads) \
+  register_tile<RotationTile<m, n, units, threads>>(#m "x" #n "_" #threads);
+  LOWBIT_ROTATION_TILES(LOWBIT_VISIT)
+#undef LOWBIT_VISIT
+  return true;
+}();
+
+}  // namespace
+}  // namespace lowbit
+
+LOWBIT_LIBRARY_FRAGMENT(m) {
+  m.def(
+      "kv_attention_quant(Tensor q, Tensor k_codes, Tensor k_scale, Tensor k_zero_point, "
+      "Tensor v_codes, Tensor v_scale, Tensor v_zero_point, Tensor block_table, Tensor seq_lens, "
+      "Tensor query_start, int kv_bits, float scaling, Tensor? signs, int order, int inner, "
+      "int dense, int bits, bool symmetric, float clip, bool packed) "
+      "-> (Tensor, Tensor, Tensor)");
+}
+
+LOWBIT_LIBRARY_IMPL(m) { m.impl("kv_attention_quant", TORCH_BOX(&lowbit::kv_attention_quant)); }
