@@ -13,6 +13,7 @@ from lowbit.errors import InputError
 from lowbit.formats import QuantFormat
 from lowbit.models import adapter_for
 from lowbit.nn import QuantAttention, QuantKVCache, QuantLinear, QuantMLP, set_backend, swap
+from lowbit.ops import kv_attention_quant
 from lowbit.transforms.online import OnlineTransform
 
 PROMPTS = [5, 12, 9]  # lengths of a ragged batch
@@ -52,6 +53,29 @@ def test_stays_the_same_model_at_8_bits(kind, sizes):
     expected = logits(model, ids)
     got = logits(pack_model(model, "w8a8kv8", kind), ids)
     assert (got - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", [None, "hadamard", "hartley"])
+def test_attention_quantizes_the_input_of_o_proj(kind, monkeypatch):
+    """In one op, unless the rotation is no Hadamard matrix or the backends differ; bits stay."""
+    model, ids = pack_model(tiny_llama(), "w4a8kv4", kind), tiny_tokens()
+    calls = []
+
+    def recorded(*args, **kwargs):
+        calls.append(kwargs["backend"])
+        return kv_attention_quant(*args, **kwargs)
+
+    monkeypatch.setattr("lowbit.nn.attention.kv_attention_quant", recorded)
+    got = logits(model, ids)
+    blocks = len(model.model.layers)
+    assert calls == ([] if kind == "hartley" else [None] * blocks)
+    calls.clear()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.backend = "reference"
+    assert torch.equal(logits(model, ids), got) and not calls
+    set_backend(model, "reference")
+    assert torch.equal(logits(model, ids), got)
+    assert calls == ([] if kind == "hartley" else ["reference"] * blocks)
 
 
 def test_what_is_swapped():

@@ -25,8 +25,7 @@ from lowbit.rounding import RTN
 
 RECIPE = lowbit.Recipe("test", "rotated, rounded to nearest", "", RTN(), ROTATIONS)
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_heads": 2, "num_kv_heads": 1}
-KERNELS = {"quantize", "hadamard_quant", "silu_mul_hadamard_quant", "int_gemm"}
-KERNELS |= {"kv_append", "kv_attention"}
+KERNELS = {"quantize", "kv_append", "kv_attention_quant", "silu_mul_hadamard_quant", "int_gemm"}
 
 
 def logits_of(model, backend: str | None, tokens: torch.Tensor) -> torch.Tensor:

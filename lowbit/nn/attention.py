@@ -2,7 +2,8 @@
 
     q, k, v = projections of x
     q = kv_append(q, k, v)           RoPE, rotation, quantized K and V into the cache
-    y = o_proj(kv_attention(q))      over all that the cache holds
+    y = o_proj(kv_attention(q))      over all that the cache holds; one op, kv_attention_quant, with
+                                     the rotation and quantization of o_proj's input
 
 Pads are neither projected, stored nor attended; the output in their place is 0.
 """
@@ -12,11 +13,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from lowbit.errors import InputError
-from lowbit.formats import IntFormat
+from lowbit.formats import IntFormat, PackedTensor
 from lowbit.nn.kv_cache import QuantKVCache
-from lowbit.nn.linear import check_same_input, shared_input
+from lowbit.nn.linear import QuantLinear, check_same_input, shared_input
 from lowbit.nn.online_map import OnlineMap
-from lowbit.ops import kv_append, kv_attention
+from lowbit.ops import kv_append, kv_attention, kv_attention_quant
 from lowbit.transforms.online import OnlineTransform
 
 IMPLEMENTATION = "lowbit"  # config._attn_implementation of a model with QuantAttention
@@ -109,21 +110,46 @@ class QuantAttention(nn.Module):
         q = kv_append(
             q, k, v, cos, sin, step.slot, pages, rotate, matrix, self.clip, backend=self.backend
         )
-        out = kv_attention(
-            q,
-            pages,
-            step.block_table,
-            step.seq_lens,
-            step.query_start,
-            self.scaling,
-            backend=self.backend,
+        out = self.o_proj(
+            self._attend(q, pages, step.block_table, step.seq_lens, step.query_start, self.scaling)
         )
-        out = self.o_proj(out.flatten(1))
         if step.tokens is not None:
             padded = out.new_zeros(batch * columns, out.shape[-1])
             padded[step.tokens] = out
             out = padded
         return out.view(batch, columns, -1), None
+
+    def _attend(self, *attention) -> Tensor | PackedTensor:
+        """The input of o_proj for the arguments of kv_attention."""
+        o_proj = self.o_proj
+        if not self._quantizes_for(o_proj):
+            return kv_attention(*attention, backend=self.backend).flatten(1)
+        order, inner = 0, 1
+        if o_proj.transform is not None:
+            order, inner = o_proj.transform.order, o_proj.transform.inner
+        return kv_attention_quant(
+            *attention,
+            o_proj.activation_format,
+            order,
+            inner,
+            None,
+            o_proj.activation_clip,
+            o_proj.input_layout,
+            backend=self.backend,
+        )
+
+    def _quantizes_for(self, o_proj: nn.Module) -> bool:
+        """Whether attention and o_proj's quantizer are one op.
+
+        Not where they were given different backends. Nor with a rotation that is not a Hadamard
+        matrix: no CUDA kernel has it, and attention would have to run elsewhere with it.
+        """
+        return (
+            isinstance(o_proj, QuantLinear)
+            and o_proj.activation_format is not None
+            and o_proj.backend == self.backend
+            and (o_proj.transform is None or o_proj.transform.kind == "hadamard")
+        )
 
     def _single_use_cache(self, columns: int) -> QuantKVCache:
         return QuantKVCache(
