@@ -1,7 +1,9 @@
 """benchmarks/: what is counted, what is refused, what a row says, and `lowbit bench` on a CPU."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +83,12 @@ def test_roof_is_the_larger_time():
 
 def test_percentiles():
     assert clock.Timing.of([float(i) for i in range(11, 0, -1)]) == clock.Timing(2.0, 6.0, 10.0)
+
+
+def test_the_gpu_script_runs_every_op():
+    script = (Path(__file__).parents[1] / "benchmarks/gpu.sh").read_text()
+    listed = re.search(r"^OPS=\$\{OPS:-(.*?)\}$", script, re.S | re.M)[1]
+    assert sorted(listed.replace("\\\n", " ").split()) == sorted(op_stems())
 
 
 # what is refused
