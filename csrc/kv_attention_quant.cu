@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA kv_attention_quant. The contract is in lowbit/ops/kv_attention_quant.py.
 //
-// The attention of csrc/kv_attention.cu. Where it is decode in a few splits, what adds them is step
-// 1 of common/hadamard.cuh, whose header has the map of data to threads: a block has a token's row
-// of all heads, so that the sum goes on to be rotated and quantized without a way through memory:
+// The attention of csrc/kv_attention.cu. Where it leaves a few splits, what adds them is step 1 of
+// common/hadamard.cuh, whose header has the map of data to threads: a block has a token's row of
+// all heads, so that the sum goes on to be rotated and quantized without a way through memory.
 //   step 1  a  maxima and sums of the splits of every head, to shared memory
 //           b  a thread a head: their weights, as common/kv_combine.cuh computes them
 //           c  units of 8: the weighted sum over the splits in order, narrowed as kv_attention does
 //   steps 2 to 4 as in csrc/hadamard_quant.cu
-// One split, or prefill, writes the row itself, and csrc/hadamard_quant.cu has it from there. So do
-// many splits, kept apart: the sum of a long context is 4 bytes an element and split, which all SMs
-// together read faster than the one that has the row.
-// Bytes: 4 splits K in, K or K / 2 out; saved are a launch and 4 K. Bound by the latency of a round
-// of loads a split, as a block has little else to wait for: docs/notes/0007.
+// One split writes the row itself, and csrc/hadamard_quant.cu has it from there. So do many splits,
+// added by the kernel of kv_attention: a round of loads each is more than one block a row is fit
+// for, where that kernel has a block a head.
+// Bytes: 4 splits K in, K or K / 2 out. Bound by the latency of step c; saved are a launch and a
+// round trip of the row: docs/notes/0007.
 
 #include "common/hadamard_plan.h"
 #include "common/kv_combine.cuh"
@@ -21,15 +21,17 @@
 namespace lowbit {
 namespace {
 
-constexpr int kMostSplits = 8;  // that one block adds: not measured, docs/notes/0007
+constexpr int kMostSplits = 8;     // that a block adds: predicted, docs/notes/0007
+constexpr int kMostThreads = 512;  // with more, registers are too few for the loads of a split
+constexpr int kLeastUnits = 4;     // of a tile
+constexpr int kLongestSum = kMostThreads * kLeastUnits * kVector;
 
 struct Splits {
   static constexpr bool kIsStaged = false;
   kv::Arguments a;
   Divisor by_head;  // in units
 
-  // Steps a and b: [used, heads] weights, as many sums, and [heads] inverses, where the row will be
-  // later.
+  // Steps 1a and 1b, where the row will be: [used, heads] weights, as many sums, [heads] inverses.
   __device__ __forceinline__ void weigh(float* weights, int used, int heads) const {
     const int count = used * heads;
     const int64_t rows = static_cast<int64_t>(a.T) * heads, first = int64_t{blockIdx.x} * heads;
@@ -63,44 +65,50 @@ struct Splits {
     float* weights = reinterpret_cast<float*>(row_slots());
     weigh(weights, used, heads);
 
-    // Step c
+    // step 1c; a thread without a unit takes the first one, so that no branch parts the loads
+    uint32_t unit[kUnits];
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) zero_unit(to[u]);
+    for (int u = 0; u < kUnits; ++u) {
+      zero_unit(to[u]);
+      unit[u] = places[u] == kNoUnit ? 0 : places[u];
+    }
     const float* row = a.partial + start;
 #pragma unroll 1
     for (int split = 0; split < used; ++split, row += stride, weights += heads) {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
-        if (places[u] == kNoUnit) continue;
         float share[kVector];
-        load_vector(share, row + places[u] * kVector);
-        const float weight = weights[by_head.quotient(places[u])];
+        load_vector(share, row + unit[u] * kVector);
+        const float weight = weights[by_head.quotient(unit[u])];
 #pragma unroll
         for (int i = 0; i < kVector; ++i) to[u][i] = kv::add_split(to[u][i], share[i], weight);
       }
     }
-    const float* inverses = weights + used * heads;  // weights are at their end
+    const float* inverses = weights + used * heads;  // `weights` is at their end
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      if (places[u] == kNoUnit) continue;
-      const float inverse = inverses[by_head.quotient(places[u])];
+      const float inverse = inverses[by_head.quotient(unit[u])];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        to[u][i] = kv::widen(kv::narrow(to[u][i] * inverse, a.is_bf16), a.is_bf16);
+        const uint16_t out = kv::narrow(to[u][i] * inverse, a.is_bf16);
+        to[u][i] = places[u] == kNoUnit ? 0.0f : kv::widen(out, a.is_bf16);
       }
     }
     sync_block();  // all have read what the row now overwrites
   }
 };
 
+// One block an SM is enough. Not told so, ptxas aims at two, with 64 registers, and spills.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kMaxThreads) kv_attention_quant_kernel(
+__global__ void __launch_bounds__(kMostThreads, 1) kv_attention_quant_kernel(
     Splits source,
     const uint32_t* __restrict__ signs,  // see common/hadamard.cuh, or null
     uint8_t* __restrict__ codes,         // [T, K], or half when packed
     void* __restrict__ scales,           // [T] fp32
     uint8_t* __restrict__ zero_points,   // [T], unused when symmetric
     Rotation rotation, IntGrid grid) {
+  static_assert(Tile::kUnits >= kLeastUnits && (Tile::kM == 0 || Tile::kMaxThreads <= kMostThreads),
+                "rows up to kLongestSum take kMostThreads at most");
   rotate_and_quantize<Tile>(source, signs, codes, scales, zero_points, rotation, grid);
 }
 
@@ -123,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> kv_attention_quant(
       "kv_attention_quant", q,           k_codes,  k_scale,     k_zero_point, v_codes, v_scale,
       v_zero_point,         block_table, seq_lens, query_start, kv_bits,      scaling};
   // Two numbers a split and one more, of every head, fit where its row will be.
-  const int64_t most_splits = std::min<int64_t>(kMostSplits, (D - 1) / 2);
+  const int64_t most_splits = K > kLongestSum ? 1 : std::min<int64_t>(kMostSplits, (D - 1) / 2);
   const kv::Attention attention = kv::launch_attention(call, {T, K}, most_splits);
   if (attention.out.has_value()) {
     return hadamard_quant(*attention.out, signs, order, inner, dense, bits, symmetric, clip,
@@ -140,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> kv_attention_quant(
 template <class Tile>
 void register_tile(const char* name) {
   register_kernel({"kv_attention_quant", name,
-                   reinterpret_cast<const void*>(&kv_attention_quant_kernel<Tile>),
-                   Tile::kMaxThreads, largest_smem_bytes<Tile>(), 80, 120});
+                   reinterpret_cast<const void*>(&kv_attention_quant_kernel<Tile>), kMostThreads,
+                   largest_smem_bytes<Tile>(), 80, 120});
 }
 
 const bool kRegistered = [] {

@@ -23,6 +23,7 @@ struct RowSplits {
 
   __device__ __forceinline__ float top() const {
     float top = -INFINITY;
+#pragma unroll 4
     for (int split = 0; split < used; ++split) top = fmaxf(top, max[split * stride]);
     return top == -INFINITY ? 0.0f : top;  // all nan, or nothing
   }
@@ -34,6 +35,7 @@ struct RowSplits {
   // What the weighted sum of the partial rows is to be multiplied with.
   __device__ __forceinline__ float inverse(float top) const {
     float total = 0.0f;
+#pragma unroll 4
     for (int split = 0; split < used; ++split) {
       total = add_rn(total, mul_rn(sum[split * stride], weight(split, top)));
     }
