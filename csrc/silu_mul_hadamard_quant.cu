@@ -133,20 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate, c
   return {out.codes, out.scales, out.zero_points};
 }
 
-template <class Tile>
-void register_tile(const char* name) {
-  register_kernel({"silu_mul_hadamard_quant", name,
-                   reinterpret_cast<const void*>(&silu_mul_hadamard_quant_kernel<Tile>),
-                   Tile::kMaxThreads, largest_smem_bytes<Tile>(), 80, 120});
-}
-
-const bool kRegistered = [] {
-#define LOWBIT_VISIT(m, n, units, threads) \
-  register_tile<RotationTile<m, n, units, threads>>(#m "x" #n "_" #threads);
-  LOWBIT_ROTATION_TILES(LOWBIT_VISIT)
-#undef LOWBIT_VISIT
-  return true;
-}();
+const bool kRegistered = register_rotation_tiles<Kernels>("silu_mul_hadamard_quant");
 
 }  // namespace
 }  // namespace lowbit

@@ -16,6 +16,8 @@ struct RotationPlan {
   int threads, smem_bytes;
 };
 
+constexpr int kLargestSmem = 227 * 1024;  // of a block, on sm_90 and sm_100
+
 inline int log2_of(int64_t n) {
   int bits = 0;
   while (n > 1ll << bits) ++bits;
@@ -74,17 +76,38 @@ std::optional<RotationPlan> plan_rotation(int length, int order, int inner, int 
   return RotationPlan{r, warps * kWarp, kRowOffset + rows * r.pitch * 16};
 }
 
-// Of the largest launch with whole rows of one block: a dense factor's rows end in gaps.
-template <class Tile>
-constexpr int largest_smem_bytes() {
-  const int bytes = std::min(Tile::kLongest, kLongestRow) * 4;
-  return kRowOffset + bytes + (Tile::kM > 2 ? bytes / 4 : bytes / 16);
-}
-
 // Applies `visit` to the tiles in order of preference: one product of 16 rows a warp, of 32, or of
 // 128 but of fewer columns, beside the tile without a product.
 #define LOWBIT_ROTATION_TILES(visit) \
   visit(0, 0, 4, 1024) visit(1, 8, 4, 512) visit(2, 8, 8, 512) visit(8, 2, 8, 512)
+
+// Of the longest row in the columns that leave the widest gaps, as far as a block can have it.
+template <class Tile>
+int largest_smem_bytes() {
+  const int longest = std::min(Tile::kLongest, kLongestRow);
+  int slots = pitch_of(longest);
+  if constexpr (Tile::kM > 0) {
+    for (int columns = kVector; columns <= longest / 2; columns += kVector) {
+      slots = std::max(slots, longest / columns * pitch_of(columns));
+    }
+  }
+  return std::min(kRowOffset + slots * 16, kLargestSmem);
+}
+
+// Registers Kernels::of<Tile>() of every tile.
+template <class Kernels>
+bool register_rotation_tiles(const char* op) {
+#define LOWBIT_VISIT(m, n, units, threads)                                                       \
+  {                                                                                              \
+    using Tile = RotationTile<m, n, units, threads>;                                             \
+    const auto kernel = Kernels::template of<Tile>();                                            \
+    register_kernel({op, #m "x" #n "_" #threads, reinterpret_cast<const void*>(kernel), threads, \
+                     largest_smem_bytes<Tile>(), 80, 120});                                      \
+  }
+  LOWBIT_ROTATION_TILES(LOWBIT_VISIT)
+#undef LOWBIT_VISIT
+  return true;
+}
 
 struct RotationArguments {
   const char* op;
