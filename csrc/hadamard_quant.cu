@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA hadamard_quant. The contract is in lowbit/ops/hadamard_quant.py.
 //
-// A block has one row, read once into registers and written once as codes; in between it is rotated
-// by common/hadamard.cuh, whose header has the map of data to threads and whose steps these are:
-//   step 1  load, butterflies in registers
-//   step 2  exchange through shared memory, and the dense factor of the order on matrix units
-//   step 3  the other butterflies, the range
+// A block has one row, read once and written once as codes; in between it is rotated by
+// common/hadamard.cuh, whose header has the map of data to threads and whose steps these are:
+//   step 1  load, 16-bit elements as they are
+//   step 2  the dense factor of the order on matrix units, on the way through shared memory
+//   step 3  butterflies in registers, the range
 //   step 4  scale and codes
-// Bytes: 2 K in (4 K for fp32), K or K / 2 out. Bound by memory at best; shared memory moves 8
-// bytes an element, 16 with a dense factor, and docs/notes/0003 counts instructions.
+// Bytes: 2 K in, K or K / 2 out. Bound by memory at best; shared memory moves 12 bytes an element,
+// and docs/notes/0003 counts instructions.
 
 #include "common/hadamard_plan.h"
 
@@ -17,47 +17,29 @@ namespace {
 
 struct Plain {
   static constexpr bool kIsStaged = false;
-  const void* x;  // [rows, length]
+  const void* x;  // [rows, length] of `type`, fp16 or bf16
   ElementType type;
 
-  // All loads are under way before any is widened. Zeros where the thread has no unit.
   template <int kUnits>
-  __device__ __forceinline__ void load(float (&to)[kUnits][kVector], int64_t start,
+  __device__ __forceinline__ void load(uint4 (&to)[kUnits], int64_t start,
                                        const uint32_t (&places)[kUnits]) const {
-    if (type == ElementType::kFp32) {
-      const float* row = static_cast<const float*>(x) + start;
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        zero_unit(to[u]);
-        if (places[u] != kNoUnit) load_vector(to[u], row + places[u] * kVector);
-      }
-      return;
-    }
     const uint4* row = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(x) + start);
-    AnyVector raw[kUnits];
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      raw[u].words[0] = make_uint4(0, 0, 0, 0);
-      if (places[u] != kNoUnit) raw[u].words[0] = row[places[u]];
-    }
-    if (type == ElementType::kFp16) {
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) raw[u].template widen_as<__half>(to[u]);
-    } else {
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) raw[u].template widen_as<__nv_bfloat16>(to[u]);
+      to[u] = make_uint4(0, 0, 0, 0);
+      if (places[u] != kNoUnit) to[u] = row[places[u]];
     }
   }
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kMaxThreads)
-    hadamard_quant_kernel(Plain source,
-                          const uint32_t* __restrict__ signs,  // see common/hadamard.cuh, or null
-                          uint8_t* __restrict__ codes,         // [rows, length], half when packed
-                          void* __restrict__ scales,           // [rows] fp32
-                          uint8_t* __restrict__ zero_points,   // [rows], unused when symmetric
-                          Rotation rotation, IntGrid grid) {
+__global__ void __launch_bounds__(Tile::kMaxThreads) hadamard_quant_kernel(
+    Plain source,
+    const uint32_t* __restrict__ signs,  // see common/hadamard_dense.cuh, or null
+    uint8_t* __restrict__ codes,         // [rows, length], half when packed
+    void* __restrict__ scales,           // [rows] fp32
+    uint8_t* __restrict__ zero_points,   // [rows], unused when symmetric
+    Rotation rotation, IntGrid grid) {
   rotate_and_quantize<Tile>(source, signs, codes, scales, zero_points, rotation, grid);
 }
 
@@ -88,7 +70,9 @@ std::tuple<Tensor, Tensor, Tensor> hadamard_quant(const Tensor& x,
                                     dense,
                                     out,
                                     int_grid(bits, symmetric, clip, packed)};
-  launch_rotation<Kernels>(arguments, Plain{pointer<void>(x), element_type("hadamard_quant", x)});
+  const ElementType type = element_type("hadamard_quant", x);
+  check(type != ElementType::kFp32, "hadamard_quant: x is fp32, not fp16 or bf16");
+  launch_rotation<Kernels>(arguments, Plain{pointer<void>(x), type});
   return {out.codes, out.scales, out.zero_points};
 }
 

@@ -84,7 +84,7 @@ struct Gated {
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads) silu_mul_hadamard_quant_kernel(
     Gated source,
-    const uint32_t* __restrict__ signs,  // see common/hadamard.cuh, or null
+    const uint32_t* __restrict__ signs,  // see common/hadamard_dense.cuh, or null
     uint8_t* __restrict__ codes,         // [rows, length], or half when packed
     void* __restrict__ scales,           // [rows] fp32
     uint8_t* __restrict__ zero_points,   // [rows], unused when symmetric

@@ -41,6 +41,14 @@ def test_exact_rows_of_models(K, order):
     assert_same(gate, up, IntFormat(4), order, None, "relu", 1.0, Layout.ROW_MAJOR)
 
 
+@pytest.mark.parametrize("K,order", [(576, 576), (2304, 768), (1536, 128), (4096, 4096)])
+def test_every_bit_of_fp32_counts(K, order):
+    """Integers of 24 bits, one in a row: the sum of three bf16 is the number itself."""
+    gate, up = torch.zeros(2, K), torch.ones(2, K)
+    gate[0, 5], gate[1, K - 2], up[1] = 2.0**23 + 4097, 2.0**24 - 3, -1.0
+    assert_same(gate, up, IntFormat(8), order, None, "relu")
+
+
 @ACTIVATION
 @pytest.mark.parametrize("K,order", [(576, 0), (576, 64), (1536, 1536)])
 def test_random_inputs(activation, K, order):

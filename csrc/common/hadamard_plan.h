@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Host side of common/hadamard.cuh: which tile rotates a row, and with which strides.
-// lowbit/ops/hadamard_quant.py (`dense_for_cuda`) chooses `dense` so that there is one.
+// lowbit/ops/cuda_rotation.py (`dense_for_cuda`) chooses `dense` so that there is one.
 #pragma once
 
 #include <algorithm>
@@ -38,48 +38,64 @@ inline int pitch_of(int columns) {
   return slots < 8 ? slots + (slots % 4 == 0 ? 2 : 0) : ceil_div(slots, 8) * 8 + 2;
 }
 
+// Where the butterflies without a dense factor are.
+template <class Tile>
+bool plan_butterflies(Rotation& r, int bits, int inner) {
+  r.columns = r.length;
+  r.low_bits = inner == 1 ? std::min(bits, 3) : 0;
+  const int first = std::min(bits - r.low_bits, Tile::kUnitBits), last = bits - r.low_bits - first;
+  r.exchange = last > 0;
+  r.first = strides(first, (inner << bits) >> first, r.length);
+  // low bits cover 8 neighbours, and so does `inner` where there are none
+  r.last = r.exchange ? strides(last, inner == 1 ? kVector : inner, r.length) : r.first;
+  return last <= Tile::kUnitBits;
+}
+
+// Which warp has which share of the dense factor, and where the butterflies are.
+template <class Tile>
+bool plan_product(Rotation& r, int bits, int inner) {
+  const bool too_tall = Tile::kM > 1 && r.dense <= 8 * Tile::kM;
+  r.columns = inner << bits;
+  if (too_tall || r.columns % kVector || (inner > 1 && bits > 0)) return false;
+  r.groups = r.columns / kVector;
+  r.raw_pitch = r.groups | 1;
+  r.blocks = r.length / (r.dense * r.columns);
+  const bool several = Tile::kN % r.groups == 0;  // blocks in a share
+  r.group_bits = several ? log2_of(r.groups) : Tile::kGroupBits;
+  r.m_shares = ceil_div(r.dense, 16 * Tile::kM);
+  r.n_shares = ceil_div(r.groups, 1 << r.group_bits);
+  r.by_m_shares = divisor(r.m_shares), r.by_n_shares = divisor(r.n_shares);
+  r.shares = ceil_div(r.blocks, Tile::kN >> r.group_bits) * r.n_shares * r.m_shares;
+  r.mixed = inner == 1;
+  r.sylvester = (r.dense & (r.dense - 1)) == 0 && r.m_shares == 1;
+  const int last = r.mixed ? log2_of(r.groups) - r.group_bits : 0;
+  r.last = strides(last, r.columns >> last, r.length);
+  return last <= Tile::kUnitBits && r.shares * kWarp <= Tile::kMaxThreads;
+}
+
 // How this tile rotates rows of `length` by order / dense butterflies; nothing if it cannot.
 template <class Tile>
 std::optional<RotationPlan> plan_rotation(int length, int order, int inner, int dense) {
-  constexpr int kUnitBits = Tile::kUnitBits;
-  const int columns = order / dense * inner, bits = log2_of(order / dense);
-  if ((dense > 1) != (Tile::kM > 0) || length > Tile::kLongest) return {};
-  if (dense > 1 && columns % kVector) return {};
-
+  const int bits = log2_of(order / dense);
   Rotation r = {};
   r.length = length, r.dense = dense;
-  r.columns = dense > 1 ? columns : length;
+  r.factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(order)));
+  if ((dense > 1) != (Tile::kM > 0) || length > Tile::kLongest) return {};
+  if constexpr (Tile::kM > 0) {
+    if (!plan_product<Tile>(r, bits, inner)) return {};
+  } else {
+    if (!plan_butterflies<Tile>(r, bits, inner)) return {};
+  }
   r.pitch = pitch_of(r.columns);
   r.by_columns = divisor(r.columns / kVector);
-  r.low_bits = inner == 1 ? std::min(bits, 3) : 0;
-  const int first = std::min(bits - r.low_bits, kUnitBits);
-  int last = bits - r.low_bits - first;
-  r.middle = Tile::kN == 8 && inner == 1 && last > 0;
-  last -= r.middle;
-  if (last > kUnitBits) return {};
-  r.exchange = dense > 1 || last > 0;
-  r.first = strides(first, columns >> first, length);
-  // low bits cover 8 neighbours, and so does `inner` where there are none
-  r.last = r.exchange ? strides(last, (inner == 1 ? kVector : inner) << r.middle, length) : r.first;
-  r.factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(order)));
-
-  int warps = ceil_div(length, Tile::kUnits * kVector * kWarp);
-  if constexpr (Tile::kM > 0) {
-    r.m_shares = ceil_div(dense, 16 * Tile::kM);
-    r.n_shares = ceil_div(columns, Tile::kColumns);
-    r.shares = length / (dense * columns) * r.m_shares * r.n_shares;
-    r.split = r.m_shares > 1;
-    if (r.split && r.shares * kWarp > Tile::kMaxThreads) return {};
-    warps = std::max(warps, std::min(r.shares, Tile::kMaxThreads / kWarp));
-  }
-  const int rows = length / r.columns;
-  return RotationPlan{r, warps * kWarp, kRowOffset + rows * r.pitch * 16};
+  const int warps = std::max(r.shares, ceil_div(length, Tile::kUnits * kVector * kWarp));
+  return RotationPlan{r, warps * kWarp, kRowOffset + length / r.columns * r.pitch * 16};
 }
 
-// Applies `visit` to the tiles in order of preference: one product of 16 rows a warp, of 32, or of
-// 128 but of fewer columns, beside the tile without a product.
+// Applies `visit` to the tiles in order of preference: without a product, then of 64, 32, 16 rows a
+// warp, since a warp that has more rows reads fewer columns.
 #define LOWBIT_ROTATION_TILES(visit) \
-  visit(0, 0, 4, 1024) visit(1, 8, 4, 512) visit(2, 8, 8, 512) visit(8, 2, 8, 512)
+  visit(0, 0, 4, 1024) visit(4, 4, 8, 512) visit(2, 8, 8, 512) visit(1, 8, 4, 512)
 
 // Of the longest row in the columns that leave the widest gaps, as far as a block can have it.
 template <class Tile>

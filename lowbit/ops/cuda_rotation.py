@@ -16,43 +16,49 @@ from lowbit.hadamard import hadamard_matrix
 from lowbit.ops.hadamard import split_order
 from lowbit.ops.quantize import CUDA_VECTOR, why_not_quantized_by_cuda
 
-# The tiles of csrc/common/hadamard_plan.h: rows and columns of a warp's share of the dense product,
-# log2 of the units of 8 elements a thread holds, threads.
-_TILES = ((0, 0, 2, 1024), (16, 64, 2, 512), (32, 64, 3, 512), (128, 16, 3, 512))
-_SMALLEST_PRODUCT = 16  # where a power of two becomes dense: a fragment has 16 rows
+# The tiles of csrc/common/hadamard_plan.h: fragments of 16 rows and groups of 8 columns in a warp's
+# share of the dense product, log2 of the units of 8 elements a thread holds, threads.
+_TILES = ((0, 0, 2, 1024), (4, 4, 3, 512), (2, 8, 3, 512), (1, 8, 2, 512))
 _KB = 1024
 _SMEM = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a block can have
 
 
-def dense_for_cuda(K: int, order: int, inner: int) -> int | None:
-    """The order of the dense factor, 1: none; None where no tile can do the rest."""
+def dense_for_cuda(K: int, order: int, inner: int, halves: bool) -> int | None:
+    """The order of the dense factor, 1: none; None where no tile can do the rest.
+
+    `halves`: x is fp16 or bf16, and a product costs less than the butterflies it replaces. An fp32
+    number is cut in three for it.
+    """
     base, power = split_order(order, None)
-    for bits in range(power.bit_length() - 1, -1, -1):
-        dense = order >> bits
-        too_small = base == 1 and 1 < dense < _SMALLEST_PRODUCT
-        if not too_small and any(_fits(tile, K, bits, inner, dense) for tile in _TILES):
+    if base > 1:
+        found = [order // power << bits for bits in range(power.bit_length())]
+        found = found[-1:] if inner > 1 else found
+    elif inner > 1:
+        found = [order, 1] if order >= 16 else [1]
+    else:  # a power of two: fragments have 16 rows
+        found = [64, 32, 16, 1] if halves else [1, 16, 32, 64]
+    for dense in found:
+        if order % dense == 0 and any(_fits(tile, K, order, inner, dense) for tile in _TILES):
             return dense
     return None
 
 
-def _fits(tile: tuple, K: int, bits: int, inner: int, dense: int) -> bool:
+def _fits(tile: tuple, K: int, order: int, inner: int, dense: int) -> bool:
     """plan_rotation of csrc/common/hadamard_plan.h."""
-    rows, columns_at_once, unit_bits, threads = tile
-    columns = inner << bits
-    if (dense > 1) != (rows > 0) or (dense > 1 and columns % CUDA_VECTOR):
+    fragments, groups_at_once, unit_bits, threads = tile
+    columns, bits = order // dense * inner, (order // dense).bit_length() - 1
+    if (dense > 1) != (fragments > 0) or K > threads * CUDA_VECTOR << unit_bits:
         return False
-    if K > threads * CUDA_VECTOR << unit_bits:
+    if dense == 1:  # low, first and last
+        return bits - (min(bits, 3) if inner == 1 else 0) <= 2 * unit_bits
+    too_tall = fragments > 1 and dense <= 8 * fragments
+    if too_tall or columns % CUDA_VECTOR or (inner > 1 and bits):
         return False
-    left = max(0, bits - (3 if inner == 1 else 0) - unit_bits)  # after the low and the first
-    if columns_at_once == 64 and inner == 1 and left:
-        left -= 1
-    if left > unit_bits:
-        return False
-    if rows == 0 or dense <= rows:
-        return True
-    blocks = K // (dense * columns)
-    shares = blocks * math.ceil(dense / rows) * math.ceil(columns / columns_at_once)
-    return shares * 32 <= threads
+    groups = columns // CUDA_VECTOR
+    at_once = groups if groups_at_once % groups == 0 else groups_at_once  # of one block
+    shares = math.ceil(K // (dense * columns) / (groups_at_once // at_once))
+    shares *= math.ceil(groups / at_once) * math.ceil(dense / (16 * fragments))
+    return (inner > 1 or groups <= at_once << unit_bits) and shares * 32 <= threads
 
 
 def smem_bytes(K: int, columns: int) -> int:
@@ -64,7 +70,7 @@ def smem_bytes(K: int, columns: int) -> int:
 
 @lru_cache(maxsize=32)
 def signs_for_cuda(dense: int, device: torch.device) -> Tensor | None:
-    """H of order `dense` as csrc/common/hadamard.cuh reads it: int32 [dense / 16, dense / 64, 32].
+    """H of order `dense` for csrc/common/hadamard_dense.cuh: int32 [dense / 16, dense / 64, 32].
 
     One bit an element, 1 for -1. Read-only: shared between calls.
     """
@@ -93,8 +99,12 @@ def why_not_rotated_by_cuda(
     clip: float,
     packed: bool,
     *inputs: Tensor,
+    halves: bool,
 ) -> str | None:
-    """What a CUDA kernel that rotates and quantizes the rows of its inputs leaves out."""
+    """What a CUDA kernel that rotates and quantizes the rows of its inputs leaves out.
+
+    `halves`: it rotates fp16 or bf16; else fp32, whatever its inputs are.
+    """
     K = inputs[0].shape[-1]
     reason = why_not_quantized_by_cuda(K, bits, clip, packed, *inputs)
     if reason:
@@ -103,7 +113,7 @@ def why_not_rotated_by_cuda(
         return "it rotates by Hadamard matrices, not by a matrix given"
     if inner != 1 and inner % CUDA_VECTOR:
         return f"inner must be 1 or a multiple of {CUDA_VECTOR}, it is {inner}"
-    dense = dense_for_cuda(K, order, inner)
+    dense = dense_for_cuda(K, order, inner, halves)
     if dense is None:
         return f"it has no tile for order {order} in rows of {K} with inner {inner}"
     reason = cuda.why_not_cuda(*inputs)

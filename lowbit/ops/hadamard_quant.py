@@ -112,7 +112,9 @@ def _why_not_cuda(*args) -> str | None:
     if not args:
         return cuda.why_not_cuda()
     x, order, inner, matrix, bits, _, clip, packed = args
-    return why_not_rotated_by_cuda(order, inner, matrix, bits, clip, packed, x)
+    if x.dtype == torch.float32:
+        return "it rotates fp16 and bf16, x is fp32"
+    return why_not_rotated_by_cuda(order, inner, matrix, bits, clip, packed, x, halves=True)
 
 
 def run_on_cuda(
@@ -126,7 +128,7 @@ def run_on_cuda(
     packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The CUDA kernel, which takes H as the split of its order and the signs of the dense part."""
-    dense = dense_for_cuda(x.shape[-1], order, inner)
+    dense = dense_for_cuda(x.shape[-1], order, inner, halves=True)
     signs = signs_for_cuda(dense, x.device)
     return cuda.hadamard_quant(x, signs, order, inner, dense, bits, symmetric, clip, packed)
 

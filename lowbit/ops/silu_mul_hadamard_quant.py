@@ -118,7 +118,9 @@ def _why_not_cuda(*args) -> str | None:
     if not args:
         return cuda.why_not_cuda()
     gate, up, order, matrix, _, bits, _, clip, packed = args
-    return why_not_rotated_by_cuda(order or 1, 1, matrix, bits, clip, packed, gate, up)
+    return why_not_rotated_by_cuda(
+        order or 1, 1, matrix, bits, clip, packed, gate, up, halves=False
+    )
 
 
 def run_on_cuda(
@@ -133,7 +135,7 @@ def run_on_cuda(
     packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The CUDA kernel, which takes H as the split of its order and the signs of the dense part."""
-    dense = dense_for_cuda(gate.shape[-1], order or 1, 1)
+    dense = dense_for_cuda(gate.shape[-1], order or 1, 1, halves=False)
     signs = signs_for_cuda(dense, gate.device)
     return cuda.silu_mul_hadamard_quant(
         gate, up, signs, order, dense, activation, bits, symmetric, clip, packed
