@@ -25,10 +25,7 @@ struct Plain {
                                        const uint32_t (&places)[kUnits]) const {
     const uint4* row = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(x) + start);
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      to[u] = make_uint4(0, 0, 0, 0);
-      if (places[u] != kNoUnit) to[u] = row[places[u]];
-    }
+    for (int u = 0; u < kUnits; ++u) to[u] = row[places[u]];
   }
 };
 

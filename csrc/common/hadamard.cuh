@@ -25,7 +25,7 @@ namespace lowbit {
 //   step 3  last butterflies, the range over the block
 //   step 4  scale and zero point, then codes, 8 a thread and store
 // A source gives a row of fp16 or bf16 (`type`) by load(to, start, places): of each of a thread's
-// places the unit, 8 elements as they are, or zeros at kNoUnit; `start` is the row's. Where
+// places the unit, 8 elements as they are; `start` is the row's. Where
 // kIsStaged it gives fp32, and computes a lot: in a loop that is not unrolled. It has fetch(at),
 // which begins to load 8 elements, and finish(), which gives what was fetched and fetches the next.
 
@@ -60,7 +60,7 @@ __device__ __forceinline__ void stage(const Source& source, int64_t start, const
 template <int kUnits, int kBits>
 __device__ __forceinline__ void find_places(uint32_t (&places)[kUnits], const Units<kBits>& units) {
 #pragma unroll
-  for (int u = 0; u < kUnits; ++u) places[u] = units.has(u) ? units.unit(u) : kNoUnit;
+  for (int u = 0; u < kUnits; ++u) places[u] = units.unit(u);
 }
 
 // Steps 1 and 2 with a dense factor.
@@ -76,14 +76,14 @@ __device__ __forceinline__ void multiply_row(const Source& source, int64_t start
     const uint32_t units = r.length / kVector;
 #pragma unroll
     for (int u = 0; u < Tile::kUnits; ++u) {
-      const uint32_t unit = u * blockDim.x + threadIdx.x;
-      places[u] = unit < units ? unit : kNoUnit;
+      places[u] = smaller(u * blockDim.x + threadIdx.x, units - 1);
     }
     source.load(raw, start, places);
-    uint4* slots = reinterpret_cast<uint4*>(row_slots());
+    const uint32_t slots = slots_address();
 #pragma unroll
     for (int u = 0; u < Tile::kUnits; ++u) {
-      if (places[u] != kNoUnit) slots[raw_unit_at(r, places[u])] = raw[u];
+      store_shared_16_if(u * blockDim.x + threadIdx.x < units,
+                         slots + raw_unit_at(r, places[u]) * 16, raw[u]);
     }
     if (threadIdx.x == 0) {
       *reinterpret_cast<uint4*>(dynamic_smem() + kZerosOffset) = make_uint4(0, 0, 0, 0);
@@ -104,6 +104,7 @@ __device__ __forceinline__ void first_butterflies(float (&x)[Tile::kUnits][kVect
   float4* slots = row_slots();
   if constexpr (Source::kIsStaged) {
     stage<kUnits>(source, start, r, r.first, r.low_bits);
+    sync_block();  // past the end a thread takes what is another's
   } else {
     with_bits<Tile::kUnitBits>(r.first.bits, [&](auto bits) {
       find_places(places, Units<decltype(bits)::value>{r.first});
@@ -116,7 +117,10 @@ __device__ __forceinline__ void first_butterflies(float (&x)[Tile::kUnits][kVect
   if (!Source::kIsStaged || r.first.bits > 0 || !r.exchange) {
     with_bits<Tile::kUnitBits>(r.first.bits, [&](auto bits) {
       const Units<decltype(bits)::value> units{r.first};
-      if constexpr (Source::kIsStaged) load_units(x, slots, r, units);
+      if constexpr (Source::kIsStaged) {
+        load_units(x, r, units);
+        if (r.exchange) sync_block();
+      }
       strided_stages<decltype(bits)::value>(x);
       find_places(places, units);
 #pragma unroll
@@ -128,6 +132,20 @@ __device__ __forceinline__ void first_butterflies(float (&x)[Tile::kUnits][kVect
     });
   }
   if (r.exchange) sync_block();
+}
+
+// Step 3 after the exchange.
+template <class Tile>
+__device__ __forceinline__ void last_butterflies(float (&x)[Tile::kUnits][kVector],
+                                                 uint32_t (&places)[Tile::kUnits],
+                                                 const Rotation& r) {
+  with_bits<Tile::kUnitBits>(r.last.bits, [&](auto bits) {
+    const Units<decltype(bits)::value> units{r.last};
+    load_units(x, r, units);
+    if (Tile::kM > 0 && r.mixed) low_stages<1, 3>(x);
+    strided_stages<decltype(bits)::value>(x);
+    find_places(places, units);
+  });
 }
 
 template <class Tile, class Source>
@@ -149,28 +167,23 @@ __device__ __forceinline__ void rotate_and_quantize(const Source& source,
     first_butterflies<Tile>(x, places, source, start, r);
   }
 
-  // step 3
-  if (Tile::kM > 0 || r.exchange) {
-    with_bits<Tile::kUnitBits>(r.last.bits, [&](auto bits) {
-      const Units<decltype(bits)::value> units{r.last};
-      load_units(x, row_slots(), r, units);
-      if (Tile::kM > 0 && r.mixed) low_stages<1, 3>(x);
-      strided_stages<decltype(bits)::value>(x);
-      find_places(places, units);
-    });
-  }
-  Range range;           // before the factor: rounding keeps the order
-  if (grid.symmetric) {  // zeros where the thread has no unit
+  // step 3; a warp past the end of the row has nothing to do
+  const bool busy = threadIdx.x / kWarp * kWarp < r.last.groups;
+  Range range;  // before the factor: rounding keeps the order
+  if (busy) {
+    if (Tile::kM > 0 || r.exchange) last_butterflies<Tile>(x, places, r);
+    if (grid.symmetric) {
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
+      for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) range.include_magnitude(x[u][i]);
-    }
-  } else {
+        for (int i = 0; i < kVector; ++i) range.include_magnitude(x[u][i]);
+      }
+    } else {
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
+      for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) range.include(x[u][i]);
+        for (int i = 0; i < kVector; ++i) range.include(x[u][i]);
+      }
     }
   }
   range = reduce_range(range, reinterpret_cast<Range*>(dynamic_smem()));
@@ -179,12 +192,15 @@ __device__ __forceinline__ void rotate_and_quantize(const Source& source,
   // step 4
   Scale scale = scale_of(range, grid);
   if (threadIdx.x == 0) store_scale(scales, zero_points, blockIdx.x, scale, grid);
+  if (!busy) return;
   scale.factor *= r.factor;
+  codes += grid.packed ? start / 2 : start;
+  if (quotients_fit(grid)) {
 #pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    if (places[u] != kNoUnit) {
-      store_codes(codes, start + places[u] * kVector, x[u], scale, grid);
-    }
+    for (int u = 0; u < kUnits; ++u) store_vector_codes<false>(codes, places[u], x[u], scale, grid);
+  } else {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) store_vector_codes<true>(codes, places[u], x[u], scale, grid);
   }
 }
 

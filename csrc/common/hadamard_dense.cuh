@@ -51,12 +51,10 @@ __device__ __forceinline__ Share share_of(const Rotation& r, int warp) {
 // A of the share's tiles.
 template <class Tile, bool kSylvester>
 struct Factor {
-  static constexpr int kWords = kSylvester ? 1 : Tile::kM;
   const uint32_t* signs;
   uint32_t one;
   int first_tile, m_tiles, k_words;
-  uint32_t plain[4];       // kSylvester: tile 0, 0
-  uint32_t words[kWords];  // else
+  uint32_t words[kSylvester ? 1 : Tile::kM];  // shifted to k; kSylvester: of tile 0, 0
 
   __device__ __forceinline__ Factor(const uint32_t* __restrict__ signs, uint32_t one,
                                     const Rotation& r, const Share& share)
@@ -65,36 +63,45 @@ struct Factor {
         first_tile(share.row / 16),
         m_tiles(ceil_div(r.dense, 16)),
         k_words(ceil_div(r.dense, 64)) {
-    const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = g + 8 * (i & 1), k = 8 * (i >> 1) + t;
-      plain[i] = one | uint32_t(parity(row & k)) << 15 | uint32_t(parity(row & (k + 4))) << 31;
+    for (uint32_t& word : words) word = kSylvester ? signs[lane_id()] : 0;
+  }
+
+  // To k, from k - 1.
+  __device__ __forceinline__ void advance(int k) {
+#pragma unroll
+    for (int m = 0; m < Tile::kM; ++m) {
+      words[m] <<= 4;
+      const int tile = first_tile + m < m_tiles ? first_tile + m : 0;
+      if (k % 4 == 0) words[m] = signs[(tile * k_words + k / 4) * kWarp + lane_id()];
     }
   }
 
-  __device__ __forceinline__ void load(int k) {  // of k and the three behind it
-    if constexpr (!kSylvester) {
-#pragma unroll
-      for (int m = 0; m < kWords; ++m) {
-        if (has(m)) words[m] = signs[((first_tile + m) * k_words + k / 4) * kWarp + lane_id()];
-      }
-    }
+  // Of few tiles all are multiplied: products that are none are not stored.
+  __device__ __forceinline__ bool has(int m) const {
+    return kSylvester || Tile::kM <= 2 || first_tile + m < m_tiles;
   }
-
-  __device__ __forceinline__ bool has(int m) const { return first_tile + m < m_tiles; }
 
   __device__ __forceinline__ void fragment(uint32_t (&a)[4], int m, int k) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (kSylvester) {
-        a[i] = plain[i] ^ (parity(m & k) ? kSigns : 0);
+        a[i] = (one | ((words[0] << i) & kSigns)) ^ (parity(m & k) ? kSigns : 0);
       } else {
-        a[i] = one | ((words[m] << (4 * (k % 4) + i)) & kSigns);
+        a[i] = one | ((words[m] << i) & kSigns);
       }
     }
   }
 };
+
+template <class Tile>
+__device__ __forceinline__ void zero_products(float (&d)[Tile::kM][Tile::kN][4]) {
+#pragma unroll
+  for (int m = 0; m < Tile::kM; ++m) {
+#pragma unroll
+    for (int j = 0; j < Tile::kN; ++j) d[m][j][0] = d[m][j][1] = d[m][j][2] = d[m][j][3] = 0.0f;
+  }
+}
 
 // x, rows of 16-bit elements, as they are.
 template <class Tile, bool kFp16, bool kSylvester>
@@ -114,11 +121,11 @@ __device__ __forceinline__ void multiply_halves(float (&d)[Tile::kM][Tile::kN][4
   for (int p = 0; p < kPairs; ++p) {
     const int j = 2 * p + lane / 16;
     const bool has = share.has(r, j);
-    from[p] = smem_address(row_slots()) + (has ? share.group_of(r, j) * 16 : 0) +
+    from[p] = slots_address() + (has ? share.group_of(r, j) * 16 : 0) +
               ((has ? share.block_of(r, j) * r.dense : 0) + row) * row_bytes;
   }
   const auto step = [&](int k) {
-    const bool valid = k * 16 + row < r.dense;
+    const bool valid = kSylvester || k * 16 + row < r.dense;
     uint32_t b[kN][2];
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
@@ -134,23 +141,19 @@ __device__ __forceinline__ void multiply_halves(float (&d)[Tile::kM][Tile::kN][4
       factor.fragment(a, m, k);
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
-        if constexpr (kFp16) {
-          mma_f16(d[m][j], a, b[j]);
-        } else {
-          mma_bf16(d[m][j], a, b[j]);
-        }
+        const float c[4] = {d[m][j][0], d[m][j][1], d[m][j][2], d[m][j][3]};
+        mma_halves<kFp16>(d[m][j], a, b[j], c);
       }
     }
   };
+  zero_products<Tile>(d);
   if constexpr (kSylvester) {
 #pragma unroll
-    for (int k = 0; k < kM; ++k) {
-      if (k < m_tiles) step(k);
-    }
+    for (int k = 0; k < kM; ++k) step(k);
   } else {
 #pragma unroll 1
     for (int k = 0; k < m_tiles; ++k) {
-      if (k % 4 == 0) factor.load(k);
+      factor.advance(k);
       step(k);
     }
   }
@@ -176,25 +179,28 @@ __device__ __forceinline__ void multiply_floats(float (&d)[Tile::kM][Tile::kN][4
   constexpr int kM = Tile::kM, kN = Tile::kN;
   Factor<Tile, false> factor(signs, kBf16x2_One, r, share);
   const int g = lane_id() / 4, t = lane_id() % 4;
-  const float* row = reinterpret_cast<const float*>(row_slots());
+  zero_products<Tile>(d);
+  uint32_t from[kN];  // rows t, t + 4, t + 8 and t + 12 of k = 0
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    const bool has = share.has(r, j);  // else any column
+    const int row = (has ? share.block_of(r, j) * r.dense : 0) + t;
+    const int slot = (has ? share.group_of(r, j) * 2 : 0) + g / 4;
+    from[j] = slots_address() + slot_at(r, row, slot) * 16 + g % 4 * 4;
+  }
 #pragma unroll 1
   for (int k = 0; k < ceil_div(r.dense, 16); ++k) {
-    if (k % 4 == 0) factor.load(k);
+    factor.advance(k);
     uint32_t a[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) factor.fragment(a[m], m, k);
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      if (!share.has(r, j)) continue;
-      const int slot = share.group_of(r, j) * 2 + g / 4;
-      const int first = share.block_of(r, j) * r.dense + 16 * k + t;
-      float x[4];  // of rows t, t + 4, t + 8 and t + 12
+      float x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x[i] = 0.0f;
-        if (16 * k + 4 * i + t < r.dense) {
-          x[i] = row[slot_at(r, first + 4 * i, slot) * kSlot + g % 4];
-        }
+        const int row = 16 * k + 4 * i;
+        x[i] = load_shared_4_if(row + t < r.dense, from[j] + row * r.pitch * 16);
       }
       uint32_t terms[2][3];
       cut(terms[0], x[0], x[1]);
@@ -239,20 +245,25 @@ template <class Tile>
 __device__ __forceinline__ void store_products(const float (&d)[Tile::kM][Tile::kN][4],
                                                const Rotation& r, const Share& share) {
   const int g = lane_id() / 4, t = lane_id() % 4;
-  float2* slots = reinterpret_cast<float2*>(row_slots()) + t % 2;
+  uint32_t at[Tile::kN];  // row g of the share
+  bool valid[Tile::kN];
 #pragma unroll
   for (int j = 0; j < Tile::kN; ++j) {
-    if (!share.has(r, j)) continue;
-    const int first = share.block_of(r, j) * r.dense;
-    const uint32_t slot = slot_at(r, first, share.group_of(r, j) * 2 + t / 2);
+    const int row = share.block_of(r, j) * r.dense + share.row + g;
+    const uint32_t slot = slot_at(r, row, share.group_of(r, j) * 2 + t / 2);
+    at[j] = slots_address() + slot * 16 + t % 2 * 8;
+    valid[j] = share.has(r, j);
+  }
 #pragma unroll
-    for (int m = 0; m < Tile::kM; ++m) {
+  for (int m = 0; m < Tile::kM; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = share.row + 16 * m + g + 8 * half;
-        if (row < r.dense) {
-          slots[2 * (slot + row * r.pitch)] = make_float2(d[m][j][2 * half], d[m][j][2 * half + 1]);
-        }
+    for (int half = 0; half < 2; ++half) {
+      const int row = 16 * m + 8 * half;
+      const bool has_row = share.row + g + row < r.dense;
+#pragma unroll
+      for (int j = 0; j < Tile::kN; ++j) {
+        store_shared_8_if(has_row && valid[j], at[j] + row * r.pitch * 16, d[m][j][2 * half],
+                          d[m][j][2 * half + 1]);
       }
     }
   }
@@ -266,7 +277,7 @@ __device__ __forceinline__ void dense_factor(const uint32_t* __restrict__ signs,
   const int warp = threadIdx.x / kWarp;
   const bool has = warp < r.shares;
   const Share share = share_of<Tile>(r, warp);
-  float d[Tile::kM][Tile::kN][4] = {};
+  float d[Tile::kM][Tile::kN][4];
   if (has) {
     if constexpr (kFloats) {
       multiply_floats<Tile>(d, signs, r, share);

@@ -67,7 +67,7 @@ bool plan_product(Rotation& r, int bits, int inner) {
   r.by_m_shares = divisor(r.m_shares), r.by_n_shares = divisor(r.n_shares);
   r.shares = ceil_div(r.blocks, Tile::kN >> r.group_bits) * r.n_shares * r.m_shares;
   r.mixed = inner == 1;
-  r.sylvester = (r.dense & (r.dense - 1)) == 0 && r.m_shares == 1;
+  r.sylvester = r.dense == 16 * Tile::kM;
   const int last = r.mixed ? log2_of(r.groups) - r.group_bits : 0;
   r.last = strides(last, r.columns >> last, r.length);
   return last <= Tile::kUnitBits && r.shares * kWarp <= Tile::kMaxThreads;

@@ -30,15 +30,16 @@ struct Divisor {
 
 __host__ inline Divisor divisor(int d) { return {((1u << 24) + d - 1) / d}; }
 
+__device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
 // Which units, 8 neighbours each, a thread has: of every blockDim-th group of 2^bits, `stride`
 // units apart, all. So its units u that differ in the lowest `bits` are each other's partners.
+// Past the end a thread has the last group again: it does what another does, and no branches.
 struct Strides {
   int bits;
   uint32_t stride, groups;
   Divisor by_stride;
 };
-
-constexpr uint32_t kNoUnit = ~0u;
 
 // The same with kBits known to the compiler, which then computes a group's place once; -1: not.
 template <int kBits>
@@ -49,10 +50,9 @@ struct Units {
     return u & ((1u << (kBits < 0 ? strides.bits : kBits)) - 1);
   }
   __device__ __forceinline__ uint32_t group(int u) const {
-    const int bits = kBits < 0 ? strides.bits : kBits;
-    return (static_cast<uint32_t>(u) >> bits) * blockDim.x + threadIdx.x;
+    return smaller(unbounded(u), strides.groups - 1);
   }
-  __device__ __forceinline__ bool has(int u) const { return group(u) < strides.groups; }
+  __device__ __forceinline__ bool has(int u) const { return unbounded(u) < strides.groups; }
 
   // Units of the row: the first of a group, and how far behind it u is.
   __device__ __forceinline__ uint32_t first(int u) const {
@@ -61,6 +61,12 @@ struct Units {
   }
   __device__ __forceinline__ uint32_t offset(int u) const { return partner(u) * strides.stride; }
   __device__ __forceinline__ uint32_t unit(int u) const { return first(u) + offset(u); }
+
+ private:
+  __device__ __forceinline__ uint32_t unbounded(int u) const {
+    const int bits = kBits < 0 ? strides.bits : kBits;
+    return (static_cast<uint32_t>(u) >> bits) * blockDim.x + threadIdx.x;
+  }
 };
 
 struct Rotation {
@@ -80,7 +86,7 @@ struct Rotation {
   int raw_pitch;      // of rows of 16-bit elements, in slots of 8
   int group_bits;     // of a share's fragments, how many are in one block
   bool mixed;         // columns are rotated: inner is 1
-  bool sylvester;     // a power of two, all of whose rows are in a share
+  bool sylvester;     // a power of two, whose rows are those of a share
   int shares;         // warps' shares of the product
   Divisor by_m_shares, by_n_shares;
   int m_shares, n_shares;
@@ -104,6 +110,8 @@ static_assert(kRowOffset >= kZerosOffset + 16, "a block has 32 warps at most");
 __device__ __forceinline__ float4* row_slots() {
   return reinterpret_cast<float4*>(dynamic_smem() + kRowOffset);
 }
+
+__device__ __forceinline__ uint32_t slots_address() { return smem_address(row_slots()); }
 
 // Of fp16 or bf16.
 template <int kUnits>
@@ -136,12 +144,6 @@ __device__ __forceinline__ uint32_t unit_at(const Rotation& r, uint32_t first, u
 __device__ __forceinline__ void store_unit(float4* slots, uint32_t at, const float (&x)[kVector]) {
   slots[at] = make_float4(x[0], x[1], x[2], x[3]);
   slots[at ^ 1] = make_float4(x[4], x[5], x[6], x[7]);
-}
-
-__device__ __forceinline__ void load_unit(float (&x)[kVector], const float4* slots, uint32_t at) {
-  const float4 low = slots[at], high = slots[at ^ 1];
-  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
 }
 
 __device__ __forceinline__ void zero_unit(float (&x)[kVector]) {
@@ -209,14 +211,19 @@ __device__ __forceinline__ void with_bits(int bits, const Body& body) {
   }
 }
 
-// The thread's units; zeros where it has none, so that none is kept in registers until here.
 template <int kUnits, int kBits>
-__device__ __forceinline__ void load_units(float (&x)[kUnits][kVector], const float4* slots,
-                                           const Rotation& r, const Units<kBits>& units) {
+__device__ __forceinline__ void load_units(float (&x)[kUnits][kVector], const Rotation& r,
+                                           const Units<kBits>& units) {
+  const uint32_t slots = slots_address();
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    zero_unit(x[u]);
-    if (units.has(u)) load_unit(x[u], slots, unit_at(r, units.first(u), units.offset(u)));
+    const uint32_t at = slots + unit_at(r, units.first(u), units.offset(u)) * 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 raw = load_shared_16(at ^ (half * 16));
+      x[u][4 * half] = bit_cast<float>(raw.x), x[u][4 * half + 1] = bit_cast<float>(raw.y);
+      x[u][4 * half + 2] = bit_cast<float>(raw.z), x[u][4 * half + 3] = bit_cast<float>(raw.w);
+    }
   }
 }
 

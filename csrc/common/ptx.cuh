@@ -247,6 +247,51 @@ __device__ __forceinline__ void store_shared_16(uint32_t address, int4 v) {
 #endif
 }
 
+// With `valid` alone, without a branch; else 0.
+__device__ __forceinline__ float load_shared_4_if(bool valid, uint32_t address) {
+#ifdef LOWBIT_EMULATE
+  if (!valid) return 0.0f;
+  return *reinterpret_cast<float*>(emulator::shared_pointer(address, 4, "ld.shared"));
+#else
+  float v = 0.0f;
+  asm volatile("{ .reg .pred valid;  setp.ne.b32 valid, %2, 0;  @valid ld.shared.f32 %0, [%1]; }"
+               : "+f"(v)
+               : "r"(address), "r"(static_cast<int>(valid)));
+  return v;
+#endif
+}
+
+// With `valid` alone, without a branch.
+__device__ __forceinline__ void store_shared_16_if(bool valid, uint32_t address, uint4 v) {
+#ifdef LOWBIT_EMULATE
+  if (valid) {
+    *reinterpret_cast<uint4*>(emulator::shared_pointer(address, 16, "st.shared.v4")) = v;
+  }
+#else
+  asm volatile(
+      "{ .reg .pred valid; setp.ne.b32 valid, %5, 0; @valid st.shared.v4.u32 [%0], {%1, %2, %3, "
+      "%4}; "
+      "}" ::"r"(address),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<int>(valid))
+      : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_shared_8_if(bool valid, uint32_t address, float x0,
+                                                  float x1) {
+#ifdef LOWBIT_EMULATE
+  if (!valid) return;
+  float* to = reinterpret_cast<float*>(emulator::shared_pointer(address, 8, "st.shared.v2"));
+  to[0] = x0, to[1] = x1;
+#else
+  asm volatile(
+      "{ .reg .pred valid; setp.ne.b32 valid, %3, 0; @valid st.shared.v2.f32 [%0], {%1, %2}; }" ::
+          "r"(address),
+      "f"(x0), "f"(x1), "r"(static_cast<int>(valid))
+      : "memory");
+#endif
+}
+
 // ---- cp.async ----------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory, past L1; only the first `bytes` (0 or 16) are read, the
@@ -408,6 +453,32 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4],
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// d = a b + c of fp16, or of bf16: where c lives on, or is that of several d, nothing is copied.
+template <bool kFp16>
+__device__ __forceinline__ void mma_halves(float (&d)[4], const uint32_t (&a)[4],
+                                           const uint32_t (&b)[2], const float (&c)[4]) {
+#ifdef LOWBIT_EMULATE
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
+  kFp16 ? emulator::mma_f16(d, a, b) : emulator::mma_bf16(d, a, b);
+#else
+  if constexpr (kFp16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+          "f"(c[2]), "f"(c[3]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+          "f"(c[2]), "f"(c[3]));
+  }
 #endif
 }
 

@@ -33,6 +33,12 @@ __host__ inline IntGrid int_grid(int64_t bits, bool symmetric, double clip, bool
           half_scale};
 }
 
+// Whether no quotient rounds to more than the grid has: |x| <= max |x|, and that is qmax scales but
+// for their rounding.
+__device__ __forceinline__ bool quotients_fit(const IntGrid& grid) {
+  return grid.symmetric && grid.clip == 1.0f && !grid.half_scale;
+}
+
 // 8 elements as they are in memory. Kernels load all that they need before they widen any, so that
 // the loads are under way together.
 template <class T>
@@ -147,16 +153,18 @@ __device__ __forceinline__ Range reduce_range(Range range, Range* scratch) {
   return reduce_range<kWarp>(range, nullptr);
 }
 
-// A quotient x / s, correctly rounded, by Markstein's sequence from y = 1 / s, correctly rounded:
-//   q0 = x y,   r = x - s q0,   q = q0 + r y          (each rounded once)
-// What is rounded last is within 2^-23 units in the last place of x / s, so q could differ from it
-// only where x / s lies so close to the middle between two numbers. All such pairs of mantissas,
-// 87 million, were tried: it never does (docs/notes/0003). Nothing may leave the normal range: s is
-// 2^-24 or more, multiplied by 2^-64 with x where it is large, and |x / s| < 2^100 as clip is not
-// tiny (CUDA_MIN_CLIP of lowbit/ops/quantize.py).
+// A quotient x / s from y = 1 / s and z = (1 - s y) / s, each correctly rounded: y + z is 1 / s
+// within 2^-49 of it, and
+//   q = x y + RN(x z)                                       (a fused multiply-add, rounded once)
+// What is rounded last is within 2^-24 units in the last place of x / s, so q could differ from
+// RN(x / s) only where x / s lies that close to the middle between two numbers. It rounds to
+// another integer then if one of the two is a half step, k + 1 / 2 with |k| < 256: all such pairs
+// of mantissas, 7999, were tried, and none does (docs/notes/0003). Nothing may leave the normal
+// range: s is 2^-24 or more, multiplied by 2^-64 with x where it is large, and |x / s| < 2^100 as
+// clip is not tiny (CUDA_MIN_CLIP of lowbit/ops/quantize.py).
 struct Scale {
   float scale, zero_point;  // as they are stored
-  float divisor, inverse;   // s and y
+  float inverse, rest;      // y and z
   float factor;             // of x and s: 2^-64 where s is large, else 1
   uint32_t keep;            // all bits; none where the row is not finite, whose codes are 0
 };
@@ -176,10 +184,11 @@ __device__ __forceinline__ Scale scale_of(const Range& range, const IntGrid& gri
   if (!grid.symmetric) zero_point = fminf(fmaxf(rintf(div_rn(-lo, scale)), 0.0f), grid.qmax);
   const bool finite = worst <= kMaxFp32, is_large = scale > kLargeScale;
   const float divisor = is_large ? scale / kLargeScale : scale;
+  const float inverse = div_rn(1.0f, divisor);
   return {finite ? scale : bit_cast<float>(0x7FC00000u),
           finite ? zero_point : 0.0f,
-          divisor,
-          div_rn(1.0f, divisor),
+          inverse,
+          div_rn(fmaf(-divisor, inverse, 1.0f), divisor),
           is_large ? 1.0f / kLargeScale : 1.0f,
           finite ? ~0u : 0u};
 }
@@ -212,25 +221,33 @@ __device__ __forceinline__ uint32_t join(const uint32_t* rounded, const Scale& s
   return (word ^ (grid.symmetric ? kHalves : 0u)) & scale.keep;
 }
 
-// Codes of 8 neighbours: to 8 bytes, or to 4 when packed; `index` of the first in the tensor.
-__device__ __forceinline__ void store_codes(uint8_t* codes, int64_t index,
-                                            const float (&x)[kVector], const Scale& scale,
-                                            const IntGrid& grid) {
+// Codes of 8 neighbours: to 8 bytes, or to 4 when packed; of vector `vector` of `codes`. kClamp
+// false: where quotients_fit.
+template <bool kClamp, class Index>
+__device__ __forceinline__ void store_vector_codes(uint8_t* codes, Index vector,
+                                                   const float (&x)[kVector], const Scale& scale,
+                                                   const IntGrid& grid) {
   const float lo = grid.qmin - scale.zero_point, hi = grid.qmax - scale.zero_point;
   uint32_t rounded[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     const float y = mul_rn(x[i], scale.factor);
-    const float q0 = mul_rn(y, scale.inverse);
-    const float q = fmaf(fmaf(-q0, scale.divisor, y), scale.inverse, q0);
-    rounded[i] = bit_cast<uint32_t>(add_rn(fminf(fmaxf(q, lo), hi), kRounder));
+    const float q = fmaf(y, scale.inverse, mul_rn(y, scale.rest));
+    rounded[i] = bit_cast<uint32_t>(add_rn(kClamp ? fminf(fmaxf(q, lo), hi) : q, kRounder));
   }
   if (grid.packed) {
-    *reinterpret_cast<uint32_t*>(codes + index / 2) = join<8, 4>(rounded, scale, grid);
+    reinterpret_cast<uint32_t*>(codes)[vector] = join<8, 4>(rounded, scale, grid);
   } else {
-    *reinterpret_cast<uint2*>(codes + index) =
+    reinterpret_cast<uint2*>(codes)[vector] =
         make_uint2(join<4, 8>(rounded, scale, grid), join<4, 8>(rounded + 4, scale, grid));
   }
+}
+
+// `index` of the first in the tensor, a multiple of 8.
+__device__ __forceinline__ void store_codes(uint8_t* codes, int64_t index,
+                                            const float (&x)[kVector], const Scale& scale,
+                                            const IntGrid& grid) {
+  store_vector_codes<true>(codes, index / kVector, x, scale, grid);
 }
 
 // By one thread of a row.
