@@ -5,7 +5,7 @@
 // loop, through shared memory, since unrolled over all units of a thread the activations would be
 // thousands of instructions. The next 8 of each are loaded meanwhile. Order 0 rotates nothing.
 // Bytes: 4 K in (8 K for fp32), K or K / 2 out. Bound by memory at best; shared memory moves 8
-// bytes an element without a rotation and 24 with a dense factor.
+// bytes an element without a rotation and 16 with a dense factor.
 
 #include "common/hadamard_plan.h"
 

@@ -25,7 +25,7 @@ namespace lowbit {
 //   step 3  last butterflies, the range over the block
 //   step 4  scale and zero point, then codes, 8 a thread and store
 // A source gives a row of fp16 or bf16 (`type`) by load(to, start, places): of each of a thread's
-// places the unit, 8 elements as they are; `start` is the row's. Where
+// places, units of the row that begins at element `start`, the 8 elements as they are. Where
 // kIsStaged it gives fp32, and computes a lot: in a loop that is not unrolled. It has fetch(at),
 // which begins to load 8 elements, and finish(), which gives what was fetched and fetches the next.
 
@@ -97,7 +97,6 @@ __device__ __forceinline__ void multiply_row(const Source& source, int64_t start
 // Steps 1 and 2 without one; the row's end is in x where nothing is exchanged.
 template <class Tile, class Source>
 __device__ __forceinline__ void first_butterflies(float (&x)[Tile::kUnits][kVector],
-                                                  uint32_t (&places)[Tile::kUnits],
                                                   const Source& source, int64_t start,
                                                   const Rotation& r) {
   constexpr int kUnits = Tile::kUnits;
@@ -106,6 +105,7 @@ __device__ __forceinline__ void first_butterflies(float (&x)[Tile::kUnits][kVect
     stage<kUnits>(source, start, r, r.first, r.low_bits);
     sync_block();  // past the end a thread takes what is another's
   } else {
+    uint32_t places[kUnits];
     with_bits<Tile::kUnitBits>(r.first.bits, [&](auto bits) {
       find_places(places, Units<decltype(bits)::value>{r.first});
     });
@@ -122,7 +122,6 @@ __device__ __forceinline__ void first_butterflies(float (&x)[Tile::kUnits][kVect
         if (r.exchange) sync_block();
       }
       strided_stages<decltype(bits)::value>(x);
-      find_places(places, units);
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         if (r.exchange && units.has(u)) {
@@ -137,14 +136,12 @@ __device__ __forceinline__ void first_butterflies(float (&x)[Tile::kUnits][kVect
 // Step 3 after the exchange.
 template <class Tile>
 __device__ __forceinline__ void last_butterflies(float (&x)[Tile::kUnits][kVector],
-                                                 uint32_t (&places)[Tile::kUnits],
                                                  const Rotation& r) {
   with_bits<Tile::kUnitBits>(r.last.bits, [&](auto bits) {
     const Units<decltype(bits)::value> units{r.last};
     load_units(x, r, units);
     if (Tile::kM > 0 && r.mixed) low_stages<1, 3>(x);
     strided_stages<decltype(bits)::value>(x);
-    find_places(places, units);
   });
 }
 
@@ -158,20 +155,19 @@ __device__ __forceinline__ void rotate_and_quantize(const Source& source,
   constexpr int kUnits = Tile::kUnits;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * r.length;
   float x[kUnits][kVector];
-  uint32_t places[kUnits];  // units of the row
 
   // steps 1 and 2
   if constexpr (Tile::kM > 0) {
     multiply_row<Tile>(source, start, signs, r);
   } else {
-    first_butterflies<Tile>(x, places, source, start, r);
+    first_butterflies<Tile>(x, source, start, r);
   }
 
   // step 3; a warp past the end of the row has nothing to do
   const bool busy = threadIdx.x / kWarp * kWarp < r.last.groups;
   Range range;  // before the factor: rounding keeps the order
   if (busy) {
-    if (Tile::kM > 0 || r.exchange) last_butterflies<Tile>(x, places, r);
+    if (Tile::kM > 0 || r.exchange) last_butterflies<Tile>(x, r);
     if (grid.symmetric) {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
@@ -195,6 +191,9 @@ __device__ __forceinline__ void rotate_and_quantize(const Source& source,
   if (!busy) return;
   scale.factor *= r.factor;
   codes += grid.packed ? start / 2 : start;
+  uint32_t places[kUnits];  // again, as they would take registers until here
+  with_bits<Tile::kUnitBits>(
+      r.last.bits, [&](auto bits) { find_places(places, Units<decltype(bits)::value>{r.last}); });
   if (quotients_fit(grid)) {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) store_vector_codes<false>(codes, places[u], x[u], scale, grid);

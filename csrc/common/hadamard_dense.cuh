@@ -11,8 +11,8 @@
 // that the four t of a load of fp32 are neighbouring rows.
 // `signs` has one bit a sign (1: -1): bit 15 - s + 16 h of word [m / 16][k / 64][lane], with
 // s = 4 (k / 16 % 4) + i, is half h of A register i, so that a shift by s brings both halves' bits
-// to their places. A power of two needs none: H_2^n[m, k] is (-1)^popcount(m & k), so that all of
-// its tiles of 16 x 16 are one, or its negative.
+// to their places. Of a power of two the first is enough: H_2^n[m, k] is (-1)^popcount(m & k), so
+// that all of its tiles of 16 x 16 are one, or its negative.
 #pragma once
 
 #include "common/hadamard_row.cuh"

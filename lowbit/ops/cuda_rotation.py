@@ -2,7 +2,7 @@
 
 order = dense * 2^bits (csrc/common/hadamard.cuh): H of `dense` goes to matrix units, and the bits
 are butterflies, of which a kernel has so many places. So dense is the base of the order, times
-two as often as it takes.
+two as often as it takes; of a power of two as much as matrix units do faster than butterflies.
 """
 
 import math
