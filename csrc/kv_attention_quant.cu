@@ -28,6 +28,7 @@ constexpr int kLongestSum = kMostThreads * kLeastUnits * kVector;
 
 struct Splits {
   static constexpr bool kIsStaged = false;
+  ElementType type;  // of the row: q's
   kv::Arguments a;
   Divisor by_head;  // in units
 
@@ -58,41 +59,41 @@ struct Splits {
   }
 
   template <int kUnits>
-  __device__ __forceinline__ void load(float (&to)[kUnits][kVector], int64_t start,
+  __device__ __forceinline__ void load(uint4 (&to)[kUnits], int64_t start,
                                        const uint32_t (&places)[kUnits]) const {
     const int heads = a.num_kv_heads * a.heads, used = kv::splits_seen(a, blockIdx.x);
     const int64_t stride = static_cast<int64_t>(a.T) * heads * a.head_dim;
     float* weights = reinterpret_cast<float*>(row_slots());
     weigh(weights, used, heads);
 
-    // step 1c; a thread without a unit takes the first one, so that no branch parts the loads
-    uint32_t unit[kUnits];
+    // step 1c
+    float sum[kUnits][kVector];
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      zero_unit(to[u]);
-      unit[u] = places[u] == kNoUnit ? 0 : places[u];
-    }
+    for (int u = 0; u < kUnits; ++u) zero_unit(sum[u]);
     const float* row = a.partial + start;
 #pragma unroll 1
     for (int split = 0; split < used; ++split, row += stride, weights += heads) {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         float share[kVector];
-        load_vector(share, row + unit[u] * kVector);
-        const float weight = weights[by_head.quotient(unit[u])];
+        load_vector(share, row + places[u] * kVector);
+        const float weight = weights[by_head.quotient(places[u])];
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) to[u][i] = kv::add_split(to[u][i], share[i], weight);
+        for (int i = 0; i < kVector; ++i) sum[u][i] = kv::add_split(sum[u][i], share[i], weight);
       }
     }
     const float* inverses = weights + used * heads;  // `weights` is at their end
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      const float inverse = inverses[by_head.quotient(unit[u])];
+      const float inverse = inverses[by_head.quotient(places[u])];
+      uint32_t words[kVector / 2];
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const uint16_t out = kv::narrow(to[u][i] * inverse, a.is_bf16);
-        to[u][i] = places[u] == kNoUnit ? 0.0f : kv::widen(out, a.is_bf16);
+      for (int i = 0; i < kVector / 2; ++i) {
+        const uint32_t low = kv::narrow(sum[u][2 * i] * inverse, a.is_bf16);
+        const uint32_t high = kv::narrow(sum[u][2 * i + 1] * inverse, a.is_bf16);
+        words[i] = low | high << 16;
       }
+      to[u] = make_uint4(words[0], words[1], words[2], words[3]);
     }
     sync_block();  // all have read what the row now overwrites
   }
@@ -140,25 +141,12 @@ std::tuple<Tensor, Tensor, Tensor> kv_attention_quant(
   RowCodes out = new_row_codes(q, {T, K}, bits, symmetric, packed);
   const RotationArguments arguments{
       call.op, q, signs, K, order, inner, dense, out, int_grid(bits, symmetric, clip, packed)};
-  launch_rotation<Kernels>(arguments,
-                           Splits{attention.arguments, divisor(static_cast<int>(D / kVector))});
+  launch_rotation<Kernels>(arguments, Splits{element_type(call.op, q), attention.arguments,
+                                             divisor(static_cast<int>(D / kVector))});
   return {out.codes, out.scales, out.zero_points};
 }
 
-template <class Tile>
-void register_tile(const char* name) {
-  register_kernel({"kv_attention_quant", name,
-                   reinterpret_cast<const void*>(&kv_attention_quant_kernel<Tile>), kMostThreads,
-                   largest_smem_bytes<Tile>(), 80, 120});
-}
-
-const bool kRegistered = [] {
-#define LOWBIT_VISIT(m, n, units, threads) \
-  register_tile<RotationTile<m, n, units, threads>>(#m "x" #n "_" #threads);
-  LOWBIT_ROTATION_TILES(LOWBIT_VISIT)
-#undef LOWBIT_VISIT
-  return true;
-}();
+const bool kRegistered = register_rotation_tiles<Kernels>("kv_attention_quant");
 
 }  // namespace
 }  // namespace lowbit

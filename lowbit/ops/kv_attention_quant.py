@@ -103,7 +103,7 @@ def _why_not_cuda(*args) -> str | None:
     attention, (order, inner, matrix, bits, _, clip, packed) = args[:12], args[12:]
     reason = KV_ATTENTION.backends["cuda"].why_not(*attention)
     return reason or why_not_rotated_by_cuda(
-        order or 1, inner, matrix, bits, clip, packed, _no_rows(args[0])
+        order or 1, inner, matrix, bits, clip, packed, _no_rows(args[0]), halves=True
     )
 
 
@@ -111,7 +111,7 @@ def run_on_cuda(*args) -> tuple[Tensor, Tensor, Tensor]:
     """The CUDA kernels, which take H as the split of its order and the signs of the dense part."""
     attention, (order, inner, _, *grid) = args[:12], args[12:]
     q = attention[0]
-    dense = dense_for_cuda(q.shape[1] * q.shape[2], order or 1, inner)
+    dense = dense_for_cuda(q.shape[1] * q.shape[2], order or 1, inner, halves=True)
     signs = signs_for_cuda(dense, q.device)
     return cuda.kv_attention_quant(*attention, signs, order, inner, dense, *grid)
 
