@@ -64,12 +64,14 @@ def ran(monkeypatch) -> set[str]:
 
 def assert_agree(op: Op, args: tuple, got: tuple, expected: tuple):
     """Bits where the order of additions is the reference's or does not matter; else as much as one
-    code of hundreds that is a step off, or rounding to bf16, moves a tensor."""
+    code of hundreds that is a step off, or rounding to bf16, moves a tensor. Codes of attention's
+    output follow its roundings to bf16: a few of them are a step off."""
     if op.name in ("quantize", "int_gemm"):
         return assert_bitwise(got, expected)
     numbers = (meaning(op, args, outputs) for outputs in (got, expected))
     for a, b in zip(*numbers, strict=True):
-        assert (a - b).norm() <= 0.002 * b.norm(), op.name
+        share = 0.01 if op.name == "kv_attention_quant" else 0.002
+        assert (a - b).norm() <= share * b.norm(), op.name
 
 
 def meaning(op: Op, args: tuple, outputs: tuple) -> list[torch.Tensor]:
@@ -78,7 +80,7 @@ def meaning(op: Op, args: tuple, outputs: tuple) -> list[torch.Tensor]:
     if op.name == "kv_append":
         q, cache = outputs[0], [outputs[1:][list(call).index(name)] for name in CACHE]
         return [q.double(), *(values(cache[i : i + 3], call["bits"], True) for i in (0, 3))]
-    if op.name in ("hadamard_quant", "silu_mul_hadamard_quant"):
+    if op.name in ("hadamard_quant", "silu_mul_hadamard_quant", "kv_attention_quant"):
         return [values(outputs, call["bits"], call["packed"])]
     return [t.double() for t in outputs]
 
