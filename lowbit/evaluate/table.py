@@ -125,31 +125,33 @@ def row_of(model, cost: Cost, full: Found, protocol: Protocol) -> Row:
     return Row(config.recipe, config.format.name, results, cost)
 
 
+COLUMNS = ("fake", "packed", "packed / fake - 1", "log(ppl / full)")
+
+
 def markdown(full: Found, rows: list[Row]) -> str:
-    """The table as it stands in the README: three columns a text."""
-    kinds = ("ppl", "packed / fake - 1", "log(ppl / full)")
-    columns = [f"{name}: {kind}" for name in full for kind in kinds]
-    lines = [
-        " | ".join(["| recipe", "format", *columns, "seconds", "peak GB |"]),
-        "|---" * (len(columns) + 4) + "|",
-        _line(["full precision", "fp32"], [[f"{p.perplexity:.2f}", "", ""] for p in full.values()]),
-    ]
+    """The table as it stands in the README: four columns a text, then what quantizing took."""
+    several = len(full) > 1
+    columns = [f"{name}: {column}" if several else column for name in full for column in COLUMNS]
+    head = ["recipe", "format", *columns, "seconds", "peak GB"]
+    whole = [cell for p in full.values() for cell in (f"{p.perplexity:.2f}", "", "", "")]
+    lines = [_line(head), "|---" * len(head) + "|", _line(["full", "fp32", *whole, "", ""])]
     for row in rows:
-        cells = [_cells(row.texts[name], full[name]) for name in full]
-        peak = "-" if row.cost.peak_bytes is None else f"{row.cost.peak_bytes / 1e9:.2f}"
-        lines.append(_line([row.recipe, row.format], cells, f"{row.cost.seconds:.0f}", peak))
+        cells = [cell for name in full for cell in _cells(row.texts[name], full[name])]
+        peak = row.cost.peak_bytes
+        cost = [f"{row.cost.seconds:.0f}", "" if peak is None else f"{peak / 1e9:.2f}"]
+        lines.append(_line([row.recipe, row.format, *cells, *cost]))
     return "\n".join(lines)
 
 
-def _line(names: list[str], cells: list[list[str]], seconds: str = "", peak: str = "") -> str:
-    flat = [cell for of_text in cells for cell in of_text]
-    return "| " + " | ".join([*names, *flat, seconds, peak]) + " |"
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _cells(result: Result, full: Perplexity) -> list[str]:
     ratio = torch.tensor(result.measured / full.perplexity).log().item()
     return [
-        f"{result.measured:.2f}",
+        "" if result.fake is None else f"{result.fake:.2f}",
+        "" if result.packed is None else f"{result.packed:.2f}",
         "" if result.difference is None else f"{100 * result.difference:+.3f} %",
         f"{ratio:.3f} +- {result.log_ratio_error:.3f}",
     ]
