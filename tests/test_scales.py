@@ -13,7 +13,8 @@ from lowbit.models import adapter_for
 from lowbit.recipes.quarot import ROTATIONS
 from lowbit.streams import Stream
 from lowbit.transforms import AWQ, OutlierSuppressionPlus, Scale, SmoothQuant, fit
-from lowbit.transforms.scale import channels_of, fuse_scale, reader_columns
+from lowbit.transforms.channels import fuse_scale, reader_columns
+from lowbit.transforms.scale import channels_of
 
 SPACES = ("attention_input", "mlp_input", "value_channels", "mlp_hidden")
 FITS = [SmoothQuant(0.7), AWQ(steps=8), OutlierSuppressionPlus(steps=8)]

@@ -1,9 +1,6 @@
-"""Scales: a number for each channel of a space, divided out of x and multiplied into its readers.
+"""Scales: a number for each channel of a space, fitted; lowbit/transforms/channels.py applies it.
 
-    x W^T = (x / s) (W diag(s))^T
-
-Fused whole, into a norm's gain or the rows of a linear in front, and the columns of the readers. It
-moves range from activations to weights (SmoothQuant, OS+) or precision to the weights that large
+It moves range from activations to weights (SmoothQuant, OS+) or precision to the weights that large
 activations meet (AWQ). A fit proposes candidates; where there are several, that one is taken whose
 quantized readers change the output of Space.judge least, in full-precision activations.
 """
@@ -20,6 +17,7 @@ from lowbit.formats import IntFormat, QuantFormat
 from lowbit.models.spaces import Space
 from lowbit.rounding.grid import fake_quantize, on_grid, weight_grid
 from lowbit.streams import Stream
+from lowbit.transforms.channels import fuse_scale, reader_columns
 
 LEAST = 1e-5  # of a scale, and of what it is computed from
 
@@ -122,28 +120,6 @@ def channels_of(block: nn.Module, space: Space, stream: Stream) -> Channels:
         mean.view(shape).mean(1).flatten(),
         weight.view(shape).amax(1).flatten(),
     )
-
-
-def reader_columns(scale: Tensor, space: Space) -> Tensor:
-    """scale [dim * inner] as the columns of a reader have it, [dim * repeat * inner]."""
-    parts = scale.view(space.dim, 1, space.inner)
-    return parts.expand(-1, space.repeat, -1).flatten()
-
-
-@torch.no_grad()
-def fuse_scale(block: nn.Module, space: Space, scale: Tensor):
-    """Divide the space's channels by `scale` [dim * inner]; in fp64, in place."""
-    scale = scale.double()
-    for name in space.scale_writers:
-        module = block.get_submodule(name)
-        for tensor in (module.weight, getattr(module, "bias", None)):
-            if tensor is not None:
-                rows = scale.view(-1, *(1,) * (tensor.dim() - 1))
-                tensor.copy_(tensor.double() / rows)
-    columns = reader_columns(scale, space)
-    for name in space.readers:
-        weight = block.get_submodule(name).weight
-        weight.copy_(weight.double() * columns)
 
 
 class _Trial:
