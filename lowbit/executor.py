@@ -1,27 +1,32 @@
 """Executor: transforms and rounds one block after another, on calibration activations.
 
 For each block: what is fused without data, then scales, fitted to full-precision activations; then
-its linears, stage by stage, on what their rounder asks for (`streams`, lowbit/streams.py):
+its linears, stage by stage, or all of them at once by a block rounder, on what the rounder asks for
+(`streams`, lowbit/streams.py):
 
     nothing             RTN
     "full"              inputs in full precision, of the block as it was
     "rounded"           inputs from what is rounded already: blocks before, and with true_sequential
                         stages before; GPTQ
-    both                the drift between them too: GPTAQ, Qronos. Holds a block twice
+    both                the drift between them too: GPTAQ, Qronos. Holds a block twice.
+                        Block rounders: inputs as rounded, outputs wanted in full precision
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.formats import PackedTensor, QuantFormat
 from lowbit.ops import dequantize
 from lowbit.recipes import Recipe
-from lowbit.rounding import Statistics, quadratic_error, statistics_of
+from lowbit.rounding import BlockRounder, Statistics, quadratic_error, statistics_of
+from lowbit.rounding.block import BlockProblem
 from lowbit.rounding.grid import fake_quantize
+from lowbit.rounding.learned import straight_through
 from lowbit.streams import Stream, check_finite
 from lowbit.transforms import FittedTransforms
 
@@ -36,7 +41,11 @@ def needed_streams(recipe: Recipe, format: QuantFormat) -> set[str]:
 
 
 class Executor:
-    """`windows` int64 [samples, length], unused where needed_streams are none."""
+    """`windows` int64 [samples, length], unused where needed_streams are none.
+
+    seed  of the batches of block rounders
+    say   is told warnings; show, how far a block is
+    """
 
     def __init__(
         self,
@@ -45,9 +54,13 @@ class Executor:
         recipe: Recipe,
         format: QuantFormat,
         windows: Tensor | None,
+        seed: int,
         say: Callable[[str], None],
+        show: Callable[[str], None],
     ):
-        self.fitted, self.recipe, self.format, self.say = fitted, recipe, format, say
+        self.fitted, self.recipe, self.format = fitted, recipe, format
+        self.say, self.show = say, show
+        self.generator = torch.Generator().manual_seed(seed)
         self.adapter, self.rounder = fitted.adapter, recipe.rounding
         self.activation_clip, _ = recipe.clips(format)
         needed = needed_streams(recipe, format)
@@ -57,14 +70,15 @@ class Executor:
         if len(needed) == 2:
             self.rounded = stream.fork()
 
-    def run(self, block: nn.Module, index: int) -> tuple[Rounded, dict]:
-        """linear -> (packed weight, report), and space -> report; the block's weights are released.
+    def run(self, block: nn.Module, index: int) -> tuple[Rounded, dict, dict]:
+        """linear -> (packed weight, report), space -> report, and a block rounder's report; the
+        block's weights are released.
 
         `block` is in fp32.
         """
         self.fitted.fuse_block(block, index)
         if self.format.weight is None:
-            return {}, {}
+            return {}, {}, {}
         handles = self.fitted.hook_online(block, index)
         scales = {
             scale.space: scale.fit_and_fuse(
@@ -76,17 +90,63 @@ class Executor:
             )
             for scale in self.fitted.scales
         }
-        original = copy.deepcopy(block) if len(self.rounder.streams) == 2 else None
+        original = problem = None
+        if isinstance(self.rounder, BlockRounder):
+            problem = self._problem(block, index)
+        elif len(self.rounder.streams) == 2:
+            original = copy.deepcopy(block)
         if self.rounder.quantized_inputs and self.format.activation is not None:
             handles += self._hook_quantizers(block)
-        rounded = self._round(block, original, index)
+        if problem is None:
+            rounded, learned = self._round(block, original, index), {}
+        else:
+            rounded, learned = self._round_block(problem, index)
         if self.rounded:
             self.rounded.advance(block)
         for handle in handles:
             handle.remove()
         for name in self.adapter.linears:
             block.get_submodule(name).weight = None
-        return rounded, scales
+        return rounded, scales, learned
+
+    def _problem(self, block: nn.Module, index: int) -> BlockProblem:
+        """What a block rounder gets. Before its quantizers are hooked in: the full stream advances,
+        and its activations are the targets."""
+        entering = self.rounded or self.full
+        inputs, targets = list(entering.hidden), []
+        if self.rounder.augmented:
+            targets.append([entering.forward(block, hidden) for hidden in inputs])
+        self.full.advance(block)
+        targets.append(list(self.full.hidden))
+        for pieces in targets:
+            for piece in pieces:
+                check_finite(piece, index)
+        return BlockProblem(
+            block,
+            self.adapter.linears,
+            self.format.weight,
+            tuple(self.adapter.spaces[scale.space] for scale in self.fitted.scales),
+            lambda hidden, tensors: entering.forward(block, hidden, tensors),
+            inputs,
+            targets,
+        )
+
+    def _round_block(self, problem: BlockProblem, index: int) -> tuple[Rounded, dict]:
+        packed, report = self.rounder.round_block(problem, self.generator, self.show)
+        self.show(f"block error {report['error']:.4f}, RTN's {report['rtn_error']:.4f}")
+        if "stopped" in report:
+            self.say(
+                f"warning: block {index}: the loss was not finite in step {report['stopped']}, "
+                "what was learned until then counts"
+            )
+        if report["step"] is None and report["rtn_error"]:
+            self.say(
+                f"warning: block {index}: nothing that was learned is better than rounding to "
+                "nearest, rounded to nearest"
+            )
+        for name, weight in packed.items():
+            problem.block.get_submodule(name).weight.copy_(dequantize(weight))
+        return {name: (weight, {}) for name, weight in packed.items()}, report
 
     def _round(self, block: nn.Module, original: nn.Module | None, index: int) -> Rounded:
         stages = self.adapter.stages
@@ -140,7 +200,8 @@ class Executor:
         format, clip = self.format.activation, self.activation_clip
 
         def quantized(_module, args):
-            return fake_quantize(args[0], format, clip), *args[1:]
+            x = args[0]
+            return straight_through(fake_quantize(x.detach(), format, clip), x), *args[1:]
 
         return [
             block.get_submodule(name).register_forward_pre_hook(quantized)

@@ -5,7 +5,8 @@ calibrated stage by stage on the outputs of the blocks already rounded, rounded,
 codes. A model given by name is never whole in memory: there are its embedding and head, the blocks
 packed so far, one block in fp32, the calibration activations entering it, and what solving for its
 largest linear takes. That is less than the model in bf16, one block in fp32 and the activations
-(docs/notes/0001, "Memory"). A model object is whole from the start; its blocks shrink in turn.
+(docs/notes/0001, "Memory"); a method that learns a whole block takes several times that block more
+(lowbit/rounding/block.py). A model object is whole from the start; its blocks shrink in turn.
 """
 
 import sys
@@ -57,7 +58,7 @@ def quantize(
     calibration  token windows int64 [samples, length], or a text to take them from; None: the
                  Python manual. Unused by recipes that need none
     tokenizer    needed to calibrate a model object on a text
-    seed         of random rotations and of the choice of windows
+    seed         of random rotations, of the choice of windows and of their order in batches
 
     Raises InputError for an unknown recipe, format or architecture, a group size that does not
     divide, weights or calibration activations that are not finite, a text too short.
@@ -98,18 +99,21 @@ def quantize(
     blocks = model.get_submodule(adapter.block_path)
     dtype = model.dtype
     bar = tqdm(list(enumerate(blocks)), "quantize", unit="block", disable=not progress)
-    executor = Executor(model, fitted, recipe, format, windows, _teller(bar))
-    packed, report = {}, {"training": learned, "rounding": {}, "scales": {}}
+    executor = Executor(
+        model, fitted, recipe, format, windows, seed, _teller(bar), bar.set_postfix_str
+    )
+    packed, report = {}, {"training": learned, "rounding": {}, "scales": {}, "blocks": {}}
     for index, block in bar:
         if stored:
             stored.load(f"{adapter.block_path}.{index}")
-        rounded, scales = executor.run(block.float(), index)
+        rounded, scales, whole = executor.run(block.float(), index)
         for name, (weight, found) in rounded.items():
             packed[f"{adapter.block_path}.{index}.{name}"] = weight
             report["rounding"][f"{index}.{name}"] = found
             if "relative_error" in found:
                 bar.set_postfix_str(f"{name} error {found['relative_error']:.4f}")
         report["scales"].update((f"{index}.{space}", found) for space, found in scales.items())
+        report["blocks"][str(index)] = whole
         block.to(dtype)
     swap(model, adapter, _config(recipe, format, fitted, seed, windows, report))
     for name, weight in packed.items():

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from lowbit.errors import InputError
@@ -48,8 +49,11 @@ class Stream:
     def tokens(self) -> int:
         return sum(h.shape[0] * h.shape[1] for h in self.hidden)
 
-    def forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        return block(hidden, **self._call)
+    def forward(
+        self, block: nn.Module, hidden: Tensor, tensors: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """The block's output, `tensors` in place of its own of these names."""
+        return functional_call(block, tensors or {}, (hidden,), self._call)
 
     def entering(self, block: nn.Module, name: str) -> Iterator[tuple[tuple, dict]]:
         """(args, kwargs) of the module `name` of the block, batch by batch; forwards end there."""

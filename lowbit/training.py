@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, QuantFormat
 from lowbit.rounding.grid import fake_quantize, on_grid, weight_grid
+from lowbit.rounding.learned import straight_through
 from lowbit.transforms import FittedTransforms, Rotation
 from lowbit.transforms.cayley import CayleySGD
 from lowbit.transforms.learned import LearnedRotation, Learner
@@ -139,11 +140,8 @@ def _trainable(
     return twin, learners
 
 
-def straight_through(x: Tensor, format: IntFormat | None, clip: float) -> Tensor:
-    """fake_quantize, whose gradient is that of x."""
-    if format is None:
-        return x
-    return x + (fake_quantize(x.detach(), format, clip) - x.detach())
+def _quantized(x: Tensor, format: IntFormat | None, clip: float) -> Tensor:
+    return x if format is None else straight_through(fake_quantize(x.detach(), format, clip), x)
 
 
 class _LearningLinear(nn.Module):
@@ -167,16 +165,16 @@ class _LearningLinear(nn.Module):
             weight = learner.turn(weight.T, self.index).T
             bias = None if bias is None else learner.turn(bias[None], self.index)[0]
         if self.weight_format is not None:
-            weight = _straight_through_weight(weight, self.weight_format)
+            weight = _rounded(weight, self.weight_format)
         for learner in online:
             x = learner.turn(x, self.index)
-        return F.linear(straight_through(x, *self.activation), weight, bias)
+        return F.linear(_quantized(x, *self.activation), weight, bias)
 
 
-def _straight_through_weight(weight: Tensor, format: IntFormat) -> Tensor:
-    plain = weight.detach()
-    grid = weight_grid(plain, format)
-    return weight + (on_grid(plain, grid.step, grid.zero_point, format) - plain)
+def _rounded(weight: Tensor, format: IntFormat) -> Tensor:
+    exact = weight.detach()
+    grid = weight_grid(exact, format)
+    return straight_through(on_grid(exact, grid.step, grid.zero_point, format), weight)
 
 
 def _turn_output(learner: Learner):
@@ -197,7 +195,7 @@ def _attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
         elif transform is not None:
             rotation = Rotation("query_key", transform, None)
             query, key = rotation.apply(query), rotation.apply(key)
-        key, value = straight_through(key, kv, clip), straight_through(value, kv, clip)
+        key, value = _quantized(key, kv, clip), _quantized(value, kv, clip)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from brief import brief
 from helpers import assert_bitwise
 from live_bytes import LiveBytes
 from models import tiny_llama, tiny_tokenizer, tiny_tokens
@@ -16,23 +17,16 @@ from lowbit.nn.linear import QuantLinear
 from lowbit.nn.mlp import QuantMLP
 from lowbit.ops import quantize
 from lowbit.quantize import sample_windows
-from lowbit.recipes import Calibration, overridden, recipe_named, settings_of
+from lowbit.recipes import Calibration
 from lowbit.rounding import GPTQ
 
 CALIBRATION = tiny_tokens(8, 32, seed=9)
 RECIPES = sorted(lowbit.RECIPES)
 
 
-def quick(name: str) -> lowbit.Recipe:
-    """A recipe that learns little, where it learns at all."""
-    recipe = recipe_named(name)
-    few = {"training.steps", "training.batch"} & settings_of(recipe).keys()
-    return overridden(recipe, [f"{field}=2" for field in few])
-
-
 def quantized(recipe="quarot", format="w4a4kv4", **options):
     model = tiny_llama(**options)
-    return lowbit.quantize(model, quick(recipe), format, calibration=CALIBRATION, progress=False)
+    return lowbit.quantize(model, brief(recipe), format, calibration=CALIBRATION, progress=False)
 
 
 def module_types(model) -> set[type]:

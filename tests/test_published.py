@@ -18,9 +18,7 @@ from lowbit.recipes import RECIPES
 # Methods of the tables that no recipe is there for yet.
 TO_COME = {
     "AQLM",
-    "AutoRound",
     "LLM-QAT",
-    "OmniQuant",
     "QuIP",
     "QuIP#",
 }

@@ -5,7 +5,7 @@ import pytest
 from lowbit.errors import InputError
 from lowbit.formats import QuantFormat
 from lowbit.recipes import RECIPES, overridden, recipe_named
-from lowbit.rounding import GPTQ, RTN
+from lowbit.rounding import GPTQ, RTN, AutoRound, OmniQuant
 from lowbit.transforms import FoldNorms
 
 
@@ -55,6 +55,30 @@ def test_settings_change_fields_by_name():
     assert recipe.name == "awq"
     quarot = overridden(recipe_named("quarot"), ["rounding.act_order=false", "rounding.damp=1"])
     assert quarot.rounding == GPTQ(act_order=False, damp=1.0)
+
+
+def test_autoround_and_omniquant_have_the_settings_of_the_tables():
+    autoround = recipe_named("autoround")
+    assert autoround.rounding == AutoRound(200, 8, True, None, None)
+    assert (autoround.calibration.samples, autoround.calibration.length) == (512, 2048)
+    rows = {
+        "AutoRound [iters=1K]": AutoRound(1000),
+        "AutoRound [iters=1K,disable_quanted_input]": AutoRound(1000, rounded_input=False),
+        "AutoRound [iters=4K,minmax_lr=0.0005]": AutoRound(4000, minmax_learning_rate=0.0005),
+    }
+    found = {row: recipe for recipe in RECIPES.values() for _, row in recipe.reproduces}
+    assert all(found[row].rounding == rounding for row, rounding in rows.items())
+    assert sum(row.startswith("AutoRound") for row in found) == 8
+    assert recipe_named("omniquant").rounding == OmniQuant(20, 1, 1e-2)
+    scaled = recipe_named("omniquant-let")
+    assert scaled.rounding == OmniQuant(learn_scales=True) and len(scaled.scales) == 3
+
+
+def test_a_field_that_is_none_can_be_set():
+    recipe = overridden(recipe_named("autoround"), ["rounding.minmax_learning_rate=0.002"])
+    assert recipe.rounding == AutoRound(minmax_learning_rate=0.002)
+    with pytest.raises(InputError, match="minmax_learning_rate must be a positive float, got 'x'"):
+        overridden(recipe_named("autoround"), ["rounding.minmax_learning_rate=x"])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from lowbit.models import adapter_for
 from lowbit.nn.online_map import OnlineMap
 from lowbit.recipes import overridden, recipe_named
 from lowbit.rounding.grid import fake_quantize
-from lowbit.training import Training, _trainable, learn_rotations, straight_through
+from lowbit.training import Training, _quantized, _trainable, learn_rotations
 from lowbit.transforms import FoldNorms, LearnedRotation, LearnRotation, Rotate, fit
 from lowbit.transforms.cayley import CayleySGD, cayley_step, nearest_orthogonal
 from lowbit.transforms.learned import Learner
@@ -64,7 +64,7 @@ def test_cayley_sgd_finds_a_rotation():
 
 def test_straight_through_has_the_gradient_of_its_input():
     x = torch.randn(4, 16, requires_grad=True)
-    y = straight_through(x, QuantFormat.parse("w4a4").activation, 0.9)
+    y = _quantized(x, QuantFormat.parse("w4a4").activation, 0.9)
     assert not torch.equal(y, x)
     y.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from brief import brief
 from helpers import assert_bitwise
 from models import tiny_llama, tiny_tokens
 from packed import pack_weight
@@ -183,7 +184,7 @@ CALIBRATION = tiny_tokens(8, 32, seed=9)
 
 def quantized(recipe: str, format: str, **options):
     model = tiny_llama(**options)
-    return lowbit.quantize(model, recipe, format, calibration=CALIBRATION, progress=False)
+    return lowbit.quantize(model, brief(recipe), format, calibration=CALIBRATION, progress=False)
 
 
 @pytest.mark.parametrize("format", ["w4a8g32-wtwolevel", "w3a4kv4g32-wtwolevel-aasym"])

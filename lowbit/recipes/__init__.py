@@ -3,12 +3,22 @@
 import difflib
 
 from lowbit.errors import InputError
-from lowbit.recipes import dartquant, duarot, plain, quarot, scales, spinquant
+from lowbit.recipes import (
+    autoround,
+    dartquant,
+    duarot,
+    omniquant,
+    plain,
+    quarot,
+    scales,
+    spinquant,
+)
 from lowbit.recipes.recipe import Calibration, Recipe, overridden, settings_of
 
+MODULES = (plain, scales, autoround, omniquant, quarot, spinquant, duarot, dartquant)
 RECIPES = {
     recipe.name: recipe
-    for module in (plain, scales, quarot, spinquant, duarot, dartquant)
+    for module in MODULES
     for recipe in vars(module).values()
     if isinstance(recipe, Recipe)
 }

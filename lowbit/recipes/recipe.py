@@ -118,6 +118,8 @@ def _children(owner) -> dict:
 
 
 def _checked(old, value, setting: str):
+    if old is None:  # the class of the owner says what may be there
+        return value
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not type(old) or _children(old):

@@ -1,7 +1,10 @@
 """Rounders: weights and statistics in, codes out."""
 
+from lowbit.rounding.autoround import AutoRound
+from lowbit.rounding.block import BlockRounder
 from lowbit.rounding.gptq import GPTAQ, GPTQ, Qronos
 from lowbit.rounding.hqq import HQQ
+from lowbit.rounding.omniquant import OmniQuant
 from lowbit.rounding.rtn import RTN
 from lowbit.rounding.statistics import (
     Statistics,
@@ -10,13 +13,16 @@ from lowbit.rounding.statistics import (
     statistics_of,
 )
 
-Rounder = RTN | HQQ | GPTQ  # GPTAQ and Qronos are GPTQs
+Rounder = RTN | HQQ | GPTQ | BlockRounder  # GPTAQ and Qronos are GPTQs
 
 __all__ = [
     "GPTAQ",
     "GPTQ",
     "HQQ",
     "RTN",
+    "AutoRound",
+    "BlockRounder",
+    "OmniQuant",
     "Qronos",
     "Rounder",
     "Statistics",

@@ -1,0 +1,82 @@
+"""Weights on a grid whose ranges, and which way each is rounded, are learned by gradient.
+
+    range    of a group, asymmetric  [low * min(w, 0), high * max(w, 0)],  symmetric  high * max|w|
+    code     clamp(round(w / scale + offset) + zero_point, qmin, qmax)
+    value    (code - zero_point) * scale
+
+scale and zero_point come from the range as lowbit/rounding/grid.py says, in the dtypes they are
+stored in: the values are bit for bit those that the packed weight will have. Rounding passes
+gradients straight through (Bengio et al. 2013, arXiv 1308.3432): they are those of the same lines
+without it, and zero for an offset whose code is clamped.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor, stack
+
+from lowbit.formats import IntFormat
+from lowbit.rounding.grid import WeightGrid, weight_grid
+
+
+class Simulated(NamedTuple):
+    """A weight [N, K]: its values, fp32 with gradients, and what they are packed from."""
+
+    values: Tensor
+    codes: Tensor  # fp32
+    grid: WeightGrid
+
+
+def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
+    """Forward `exact`, bit for bit where `smooth` is finite; backward the gradient of `smooth`."""
+    if not smooth.requires_grad:
+        return exact
+    return exact.detach() + (smooth - smooth.detach())
+
+
+def simulate(
+    weight: Tensor,
+    format: IntFormat,
+    high: Tensor,
+    low: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Simulated:
+    """weight [N, K] fp32 on the grid of its shrunk ranges.
+
+    high, low [N, G] are shares of a group's range, low only when asymmetric; offset [N, K] is
+    added to a weight in steps of its scale. high = low = 1 and no offset is RTN.
+    """
+    groups = weight.unflatten(-1, (format.num_groups(weight.shape[1]), -1))  # [N, G, g]
+    if format.symmetric:
+        bottom, top = None, groups.abs().amax(-1) * high
+        ends, span = top, top
+    else:
+        bottom = groups.amin(-1).clamp(max=0) * low
+        top = groups.amax(-1).clamp(min=0) * high
+        ends, span = stack((bottom, top), -1).flatten(-2), top - bottom
+    grid = _grid_of_ends(ends.detach(), format)
+
+    scale, channel_scale = span / format.qmax, grid.channel_scale
+    if channel_scale is not None:
+        scale = scale / channel_scale
+    scale = straight_through(grid.scale.float(), scale)
+    step = scale if channel_scale is None else scale * channel_scale
+    codes = groups / step.unsqueeze(-1)
+    if offset is not None:
+        codes = codes + offset.view_as(groups)
+    codes = straight_through(codes.detach().round(), codes)
+    zero_point = 0.0
+    if bottom is not None:
+        zero_point = straight_through(grid.zero_point.float(), -bottom / step).unsqueeze(-1)
+    codes = (codes + zero_point).clamp(format.qmin, format.qmax)  # and -0.0 becomes 0.0
+    values = ((codes - zero_point) * scale.unsqueeze(-1)).flatten(-2)
+    if channel_scale is not None:
+        values = values * channel_scale
+    return Simulated(values, codes.detach().flatten(-2), grid)
+
+
+def _grid_of_ends(ends: Tensor, format: IntFormat) -> WeightGrid:
+    """The grid of groups of which only the ends of their ranges are given, [N, G] or [N, 2 G]."""
+    if format.group_size is not None:
+        format = replace(format, group_size=1 if format.symmetric else 2)
+    return weight_grid(ends, format)
