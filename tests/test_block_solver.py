@@ -1,5 +1,7 @@
 """Block rounders: what is learned is what is packed, its gradients are right, it never hurts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import assert_bitwise
@@ -30,6 +32,7 @@ TWO_BITS = IntFormat(2, False, 32)
 LET_SPACES = ("attention_input", "mlp_input", "value_channels")
 CALIBRATION = tiny_tokens(16, 32, seed=9)
 ROUNDERS = [AutoRound(20), OmniQuant(epochs=3, batch=4), OmniQuant(3, 4, learn_scales=True)]
+NAMES = ["autoround", "omniquant", "omniquant-let"]
 
 
 def problem(format=TWO_BITS, **options) -> BlockProblem:
@@ -157,7 +160,7 @@ def test_the_loss_has_the_gradient_of_its_differences():
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-@pytest.mark.parametrize("rounder", ROUNDERS, ids=str)
+@pytest.mark.parametrize("rounder", ROUNDERS, ids=NAMES)
 def test_what_is_packed_was_simulated(rounder, format, monkeypatch):
     """The tensors of the last evaluation, learned scales included, and their error."""
     seen = []
@@ -200,7 +203,7 @@ def test_learned_scales_leave_fp64_logits_unchanged(bias):
     assert (after - before).abs().max() < 1e-9 * before.abs().max()
 
 
-@pytest.mark.parametrize("rounder", ROUNDERS, ids=str)
+@pytest.mark.parametrize("rounder", ROUNDERS, ids=NAMES)
 def test_same_seed_same_bits(rounder):
     first, second, other = (rounded(rounder, seed=seed)[1] for seed in (0, 0, 1))
     assert_bitwise(list(first.values()), list(second.values()))
@@ -232,6 +235,16 @@ def test_quantized_inputs_are_learned_with():
         assert report["blocks"].keys() == {"0", "1"}
         for found in report["blocks"].values():
             assert found["error"] < 0.97 * found["rtn_error"]
+
+
+@pytest.mark.parametrize("num_heads", [4, 3])
+def test_gradients_pass_online_rotations(num_heads):
+    """QuaRot's, Hadamard and Hartley, in front of quantizers."""
+    recipe = replace(lowbit.RECIPES["quarot"], rounding=AutoRound(40))
+    model = tiny_llama(16 * num_heads, num_heads=num_heads, num_kv_heads=1)
+    lowbit.quantize(model, recipe, "w4a4", calibration=CALIBRATION, progress=False)
+    for found in model.lowbit_config.report["blocks"].values():
+        assert found["error"] < 0.8 * found["rtn_error"]
 
 
 def test_inputs_in_full_precision_are_those_of_the_first_block():
@@ -286,6 +299,30 @@ def test_what_is_worse_than_rtn_is_not_kept(capsys):
     for name, tensor in model.state_dict().items():
         assert_bitwise(tensor, nearest[name])
     assert "block 1: nothing that was learned is better" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rounder", ROUNDERS[:2], ids=NAMES[:2])
+def test_the_step_that_is_kept(rounder, monkeypatch):
+    """Of AutoRound the least loss for what RTN loses on the same samples; of OmniQuant the last."""
+    steps = []
+
+    def spied(task, tensors, samples, unit):
+        lost, gradients = descent(task, tensors, samples, unit)
+        steps.append((lost, samples, tensors["mlp.up_proj.weight"].detach().clone()))
+        return lost, gradients
+
+    monkeypatch.setattr(block, "descent", spied)
+    task, packed, report = rounded(rounder)
+    kept = report["step"]
+    assert_bitwise(dequantize(packed["mlp.up_proj"]), steps[kept][2])
+    assert all(not torch.equal(steps[kept][2], steps[i][2]) for i in range(kept))
+    rtn = {
+        f"{name}.weight": dequantize(RTN().round(weight, TWO_BITS)[0])
+        for name, weight in ((n, problem().block.get_submodule(n).weight) for n in task.linears)
+    }
+    errors = task.all_errors(rtn)
+    losses = [lost / errors[samples].sum().item() for lost, samples, _ in steps]
+    assert kept == (losses.index(min(losses)) if rounder.keeps_best else len(steps) - 1)
 
 
 def test_batches_hold_every_sample_once():

@@ -8,10 +8,10 @@ through for gradients. The KV cache is not quantized here.
 
 Whatever was learned is compared over all samples with rounding to nearest: the better one is kept.
 
-Memory, beyond what calibration holds already: fp32 copies of the block's linear weights, 9
-of them with a learned offset for each weight (offset, its gradient, the best so far; values, their
-gradient; the rest for the backward pass of the quantizer), else 7; and the activations of one piece
-of lowbit/streams.py, whatever the batch. Same seed, same bits on a CPU; on CUDA torch's backward of
+Memory, beyond what calibration holds already: 9 times the block's linear weights in fp32 where
+each has a learned offset (offset, its gradient, the best so far; values, their gradient; the rest
+for the backward pass of the quantizer), else 7 times; and the activations of one piece of
+lowbit/streams.py, whatever the batch. Same seed, same bits on a CPU; on CUDA torch's backward of
 attention may add in any order.
 """
 
@@ -215,7 +215,7 @@ class BlockRounder:
         for step, samples in enumerate(batches(problem.samples, self.batch, steps, generator)):
             tensors = learned()[0]
             lost, gradients = descent(problem, tensors, samples, unit * len(samples))
-            loss = lost / rtn[samples].sum().item()
+            loss = (lost / rtn[samples].sum()).item()
             if not math.isfinite(loss):
                 stopped = step
                 break
