@@ -66,7 +66,7 @@ def test_autoround_and_omniquant_have_the_settings_of_the_tables():
         "AutoRound [iters=1K,disable_quanted_input]": AutoRound(1000, rounded_input=False),
         "AutoRound [iters=4K,minmax_lr=0.0005]": AutoRound(4000, minmax_learning_rate=0.0005),
     }
-    found = {row: recipe for recipe in RECIPES.values() for _, row in recipe.reproduces}
+    found = {row[1]: recipe for recipe in RECIPES.values() for row in recipe.reproduces}
     assert all(found[row].rounding == rounding for row, rounding in rows.items())
     assert sum(row.startswith("AutoRound") for row in found) == 8
     assert recipe_named("omniquant").rounding == OmniQuant(20, 1, 1e-2)
