@@ -222,32 +222,10 @@ def run_generate(args) -> Result:
 
 
 def run_recipes(args) -> Result:
-    names = args.recipe or RECIPES
-    found = [published.summary(recipe_named(name)) for name in names]
-    for entry, name in zip(found, names, strict=True):
-        entry["fields"] = settings_of(recipe_named(name))
-    return {"recipes": found}, "\n".join(recipe_text(entry, bool(args.recipe)) for entry in found)
-
-
-def recipe_text(entry: dict, whole: bool) -> str:
-    """One line for people; with `whole`, its fields and what it stands for too."""
-    of = f"{entry['cells']} published cells" if entry["cells"] else "in no published table"
-    line = f"{entry['name']:<16} {entry['summary']} ({of})"
-    if not whole:
-        return line
-    fields = [f"  {path} = {value!r}" for path, value in entry["fields"].items()]
-    rows = ", ".join(entry["reproduces"]) or "-"
-    return "\n".join(
-        [
-            line,
-            f"  source: {entry['source']}",
-            f"  reproduces: {rows}",
-            f"  at: {', '.join(entry['settings']) or '-'}",
-            f"  of: {', '.join(entry['models']) or '-'}",
-            "  fields, for --set:",
-            *("  " + field for field in fields),
-        ]
-    )
+    recipes = [recipe_named(name) for name in args.recipe or RECIPES]
+    line = published.whole_text if args.recipe else published.text
+    found = [{**published.summary(r), "fields": settings_of(r)} for r in recipes]
+    return {"recipes": found}, "\n".join(line(recipe) for recipe in recipes)
 
 
 def run_table(args) -> Result:

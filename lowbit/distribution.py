@@ -37,6 +37,10 @@ class Distribution:
     samples: int = 32
     length: int = 512
 
+    def learn(self, model, fitted, format, clips, windows, seed, progress):
+        """fit_rotations: whatever the format will be, and its clips."""
+        return fit_rotations(model, fitted, self, windows, seed, progress)
+
 
 def fit_rotations(
     model: PreTrainedModel,

@@ -6,7 +6,9 @@ codes. A model given by name is never whole in memory: there are its embedding a
 packed so far, one block in fp32, the calibration activations entering it, and what solving for its
 largest linear takes. That is less than the model in bf16, one block in fp32 and the activations
 (docs/notes/0001, "Memory"); a method that learns a whole block takes several times that block more
-(lowbit/rounding/block.py). A model object is whole from the start; its blocks shrink in turn.
+(lowbit/rounding/block.py), and where rotations are learned the model is whole, and a copy of it in
+fp32 beside it (lowbit/training.py). A model object is whole from the start; its blocks shrink in
+turn.
 """
 
 import sys
@@ -18,7 +20,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowbit.config import LowbitConfig
-from lowbit.distribution import Distribution, fit_rotations
 from lowbit.errors import InputError
 from lowbit.evaluate.text import manual_text
 from lowbit.executor import Executor, needed_streams
@@ -28,7 +29,6 @@ from lowbit.models.source import open_source
 from lowbit.models.stored import StoredModel
 from lowbit.nn.swap import swap
 from lowbit.recipes import Calibration, Recipe, recipe_named
-from lowbit.training import learn_rotations
 from lowbit.transforms import (
     FittedTransforms,
     FoldNorms,
@@ -82,19 +82,12 @@ def quantize(
     fitted = fit(_useful(recipe.transforms, adapter, format), adapter, seed)
     learned = {}
     if any(isinstance(r, LearnedRotation) for r in fitted.rotations):
-        if stored:  # here the whole model is needed
+        if stored:
             stored.load("")
-        spec = Calibration(recipe.training.samples, recipe.training.length)
-        windows_to_learn = _windows(calibration, tokenizer, spec, seed)
-        if isinstance(recipe.training, Distribution):
-            fitted, learned = fit_rotations(
-                model, fitted, recipe.training, windows_to_learn, seed, progress
-            )
-        else:
-            clips = recipe.clips(format)
-            fitted, learned = learn_rotations(
-                model, fitted, recipe.training, format, clips, windows_to_learn, progress
-            )
+        training, clips = recipe.training, recipe.clips(format)
+        spec = Calibration(training.samples, training.length)
+        texts = _windows(calibration, tokenizer, spec, seed)
+        fitted, learned = training.learn(model, fitted, format, clips, texts, seed, progress)
     fitted.fuse_ends(model)
     blocks = model.get_submodule(adapter.block_path)
     dtype = model.dtype

@@ -48,6 +48,10 @@ class Training:
     def samples(self) -> int:
         return self.steps * self.batch
 
+    def learn(self, model, fitted, format, clips, windows, seed, progress):
+        """learn_rotations: nothing in it is random, once there are windows and transforms."""
+        return learn_rotations(model, fitted, self, format, clips, windows, progress)
+
 
 def learn_rotations(
     model: PreTrainedModel,

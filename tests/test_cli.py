@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lowbit import cli, demo
 from lowbit.evaluate.text import manual_text
 from lowbit.models.source import load_source
-from lowbit.recipes import Calibration
+from lowbit.recipes import RECIPES, Calibration
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,27 @@ def test_table_and_plot(capsys, tmp_path, source, text):
     args = ("--block", 1, "--tokens", 16, "--text", text, "-o", figure)
     code, out, err = in_process(capsys, "plot", source, *args)
     assert code == 0 and figure.read_bytes().startswith(b"\x89PNG"), err
+
+
+def test_recipes_are_listed_and_changed(capsys, tmp_path, source):
+    code, out, _ = in_process(capsys, "recipes")
+    lines = out.splitlines()
+    assert code == 0 and [line.split()[0] for line in lines] == list(RECIPES)
+    assert "636 published cells" in out
+    code, out, _ = in_process(capsys, "recipes", "awq")
+    assert "    rounding.clip = 'output'" in out and "w3a16g128" in out
+    code, out, _ = in_process(capsys, "recipes", "gptq", "--json")
+    (found,) = json.loads(out)["recipes"]
+    assert found["fields"]["rounding.damp"] == 0.01
+    small = ("--samples", 1, "--length", 32, "-o", tmp_path / "out", "--json")
+    setting = ("--recipe", "gptq", "--set", "rounding.damp=0.25")
+    code, out, err = in_process(capsys, "quantize", source, *setting, *small)
+    damps = {r["damp"] for r in json.loads(out)["report"]["rounding"].values()}
+    assert code == 0 and damps == {0.25}, err
+    setting = ("--set", "rounding.dump=0.25")
+    wrong = in_process(capsys, "quantize", source, *setting, *small)
+    assert_one_line(wrong, "unknown field 'dump', expected one of act_order, static_groups")
+    assert_one_line(in_process(capsys, "recipes", "gptk"), "did you mean 'gptq'?")
 
 
 def test_demo(capsys, tmp_path, source, monkeypatch):

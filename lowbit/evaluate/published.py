@@ -18,7 +18,7 @@ from collections import Counter
 from functools import cache
 from importlib.resources import files
 
-from lowbit.recipes import Recipe
+from lowbit.recipes import Recipe, settings_of
 
 FULL_PRECISION = "FP16"
 
@@ -65,3 +65,26 @@ def summary(recipe: Recipe) -> dict:
         "settings": sorted(settings),
         "models": sorted({cell["model"] for cell in cells}),
     }
+
+
+def text(recipe: Recipe) -> str:
+    """One line for people."""
+    cells = len(cells_of(recipe))
+    return f"{recipe.name:<20} {recipe.summary}" + (f" ({cells} published cells)" if cells else "")
+
+
+def whole_text(recipe: Recipe) -> str:
+    """And what it stands for, and the fields that --set changes."""
+    found = summary(recipe)
+    fields = [f"    {path} = {value!r}" for path, value in settings_of(recipe).items()]
+    return "\n".join(
+        [
+            text(recipe),
+            f"  source: {recipe.source}",
+            f"  reproduces: {', '.join(found['reproduces']) or '-'}",
+            f"  at: {', '.join(found['settings']) or '-'}",
+            f"  of: {', '.join(found['models']) or '-'}",
+            "  fields, for --set:",
+            *fields,
+        ]
+    )
