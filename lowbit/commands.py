@@ -21,7 +21,14 @@ from lowbit.files import check_target
 from lowbit.formats import QuantFormat
 from lowbit.models.source import load_source, open_source, quant_method
 from lowbit.quantize import quantize, sample_windows
-from lowbit.recipes import RECIPES, Calibration, overridden, recipe_named, settings_of
+from lowbit.recipes import (
+    RECIPES,
+    Calibration,
+    overridden,
+    overridden_where_known,
+    recipe_named,
+    settings_of,
+)
 
 Result = tuple[dict, str]
 MANUAL = "the Python manual"  # pydoc_data.topics, where no --text is given
@@ -229,7 +236,7 @@ def run_recipes(args) -> Result:
 
 
 def run_table(args) -> Result:
-    recipes = [overridden(recipe_named(name), args.set) for name in args.recipe]
+    recipes = overridden_where_known([recipe_named(name) for name in args.recipe], args.set)
     formats = [QuantFormat.parse(name).name for name in args.format]
     texts = {Path(path).name: read_text(path) for path in args.text or ()}
     texts = texts or {MANUAL: manual_text("evaluation")}

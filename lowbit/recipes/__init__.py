@@ -13,7 +13,13 @@ from lowbit.recipes import (
     scales,
     spinquant,
 )
-from lowbit.recipes.recipe import Calibration, Recipe, overridden, settings_of
+from lowbit.recipes.recipe import (
+    Calibration,
+    Recipe,
+    overridden,
+    overridden_where_known,
+    settings_of,
+)
 
 MODULES = (plain, scales, autoround, omniquant, quarot, spinquant, duarot, dartquant)
 RECIPES = {
@@ -35,4 +41,12 @@ def recipe_named(name: str) -> Recipe:
     return RECIPES[name]
 
 
-__all__ = ["RECIPES", "Calibration", "Recipe", "overridden", "recipe_named", "settings_of"]
+__all__ = [
+    "RECIPES",
+    "Calibration",
+    "Recipe",
+    "overridden",
+    "overridden_where_known",
+    "recipe_named",
+    "settings_of",
+]

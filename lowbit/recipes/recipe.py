@@ -68,6 +68,19 @@ def overridden(recipe: Recipe, settings: list[str]) -> Recipe:
     return recipe
 
 
+def overridden_where_known(recipes: list[Recipe], settings: list[str]) -> list[Recipe]:
+    """Each with the settings it has a field for; one that none has is the first recipe's error."""
+    for setting in settings:
+        path = setting.partition("=")[0]
+        having = [path in settings_of(recipe) for recipe in recipes]
+        having[0] |= not any(having)
+        recipes = [
+            overridden(recipe, [setting]) if has else recipe
+            for recipe, has in zip(recipes, having, strict=True)
+        ]
+    return recipes
+
+
 def settings_of(recipe: Recipe) -> dict:
     """Every field that `overridden` changes, by its path."""
 
