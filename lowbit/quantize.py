@@ -111,11 +111,10 @@ def quantize(
     swap(model, adapter, _config(recipe, format, fitted, seed, windows, report))
     for name, weight in packed.items():
         model.get_submodule(name).assign(weight)
-    for index, block in enumerate(blocks if packed or format.kv else ()):
+    for index, block in enumerate(blocks):
         for name, matrices in fitted.learned_matrices(index).items():
-            rotation = block.get_submodule(name).rotation
-            if rotation is not None:  # q and k of a format that does not quantize them
-                rotation.assign(matrices)
+            if name != adapter.attention or format.kv is not None:
+                block.get_submodule(name).rotation.assign(matrices)
     return model
 
 

@@ -269,7 +269,5 @@ def test_hqq_edge_rows():
         packed, _ = HQQ().round(weight, format)
         got = dequantize(packed)
         assert got.isfinite().all() and (got[0] == 0).all()
-    with pytest.raises(InputError, match="two-level scales share one"):
-        HQQ().round(weight, IntFormat(4, True, 32, two_level=True))
     with pytest.raises(InputError, match=r"p must be in \(0, 1\), got 1"):
         HQQ(p=1)

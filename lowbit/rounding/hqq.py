@@ -14,14 +14,14 @@ them. So the zero is rounded, and then the scale, which HQQ leaves, is solved fo
 A group keeps the step of least sum |W - dequantized|^p, the grid of its whole range included.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import InputError
 from lowbit.formats import MIN_SCALE, IntFormat, PackedTensor
-from lowbit.rounding.grid import WeightGrid, codes_on_grid, weight_grid
+from lowbit.rounding.grid import WeightGrid, codes_on_grid, two_levels, weight_grid
 from lowbit.rounding.rtn import packed_weight
 from lowbit.rounding.statistics import Statistics
 
@@ -50,11 +50,12 @@ class HQQ:
         self, weight: Tensor, format: IntFormat, statistics: Statistics | None = None
     ) -> tuple[PackedTensor, dict]:
         """weight [N, K] fp32 -> the packed weight and an empty report."""
-        if format.two_level:
-            raise InputError("HQQ fits each group's scale: two-level scales share one, take RTN")
-        parts = [self._grid(rows, format) for rows in weight.split(ROWS_AT_ONCE)]
+        fitted = replace(format, two_level=False)
+        parts = [self._grid(rows, fitted) for rows in weight.split(ROWS_AT_ONCE)]
         zero_point = None if format.symmetric else torch.cat([p.zero_point for p in parts])
         grid = WeightGrid(torch.cat([p.scale for p in parts]), zero_point)
+        if format.two_level:  # of the scales that were fitted, as if there were one level
+            grid = two_levels(grid.scale.float())
         codes = codes_on_grid(weight, grid.step, grid.zero_point, format)
         return packed_weight(codes, grid, format), {}
 
