@@ -75,4 +75,5 @@ def test_compiles(config, capability, tmp_path):
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_every_kernel_is_compiled(name):
     target = OPS[name].backends["triton"].target
-    assert (target is not None) == (name in CONFIGS)
+    composed = {"kv_attention_quant"}  # it launches kernels of other ops
+    assert (target is not None and name not in composed) == (name in CONFIGS)

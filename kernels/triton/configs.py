@@ -5,6 +5,7 @@ tiles.py are all among them.
 """
 
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 
 from lowbit.kernels.tiles import (
     ADD_PARTS_BLOCK_N,
@@ -112,14 +113,19 @@ DEQUANTIZE = tuple(
 
 
 def _units(kind: str, rows: int, blackwell: str | None = None) -> dict[int, str]:
-    """The matrix instruction of each architecture for a dot of so many rows.
-
-    With Triton 3.7 int8 has mma.sync on sm_100, whose own unit it does not address.
-    """
+    """The matrix instruction of each architecture for a dot of so many rows."""
     mma = rf"mma\.sync\S*\.row\.col\.\S*{kind}"
     if rows < 64:
         return dict.fromkeys((80, 89, 90, 100), mma)
     return {80: mma, 89: mma, 90: rf"wgmma\.\S*{kind}", 100: blackwell or mma}
+
+
+def _int8_units(rows: int) -> dict[int, str]:
+    """Before Triton 3.9 int8 has mma.sync on sm_100, whose own unit it does not address."""
+    major, minor = map(int, version("triton").split(".")[:2])
+    return _units(
+        r"s32\.s8\.s8", rows, r"tcgen05\.mma\S*kind::i8" if (major, minor) >= (3, 9) else None
+    )
 
 
 def unique(tiles: tuple[Tile, ...]) -> list[Tile]:
@@ -167,7 +173,7 @@ INT_GEMM = tuple(
         t.num_stages,
         aligned=("N", "K", "columns"),
         fp_fusion=False,
-        units=_units(r"s32\.s8\.s8", t.BLOCK_M),
+        units=_int8_units(t.BLOCK_M),
         forbids=(r"fma\.rn\.f32",),
     )
     for name, out, x_bits, symmetric, x_nibbles, w_nibbles, group, two_level in (
