@@ -180,7 +180,7 @@ class Executor:
         self, linear: nn.Linear, name: str, statistics: Statistics | None, index: int
     ) -> tuple[PackedTensor, dict]:
         rounder = self.rounder
-        if rounder.clip == "output" and name in self.adapter.scores:
+        if rounder.clip.startswith("output") and name in self.adapter.scores:
             rounder = replace(rounder, clip="none")  # AWQ's choice: what a score costs is not seen
         packed, report = rounder.round(linear.weight, self.format.weight, statistics)
         if "damp" in report and report["damp"] is None:

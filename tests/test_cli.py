@@ -135,7 +135,7 @@ def test_recipes_are_listed_and_changed(capsys, tmp_path, source):
     code, out, _ = in_process(capsys, "recipes")
     lines = out.splitlines()
     assert code == 0 and [line.split()[0] for line in lines] == list(RECIPES)
-    assert "636 published cells" in out
+    assert "252 published cells" in out
     code, out, _ = in_process(capsys, "recipes", "awq")
     assert "    rounding.clip = 'output'" in out and "w3a16g128" in out
     code, out, _ = in_process(capsys, "recipes", "gptq", "--json")

@@ -229,12 +229,13 @@ def test_clip_search_takes_the_least_error(weight, format):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_output_clip_loses_least_at_the_output_of_each_group(weight, format):
+@pytest.mark.parametrize("clip", ["output", "output-symmetric"])
+def test_output_clip_loses_least_at_the_output_of_each_group(weight, format, clip):
     x = correlated_inputs(256, 128)
     best, whole = (
         on_grid(weight, grid.step, grid.zero_point, format)
         for grid in (
-            weight_grid(weight, format, "output", hessian_of(x)),
+            weight_grid(weight, format, clip, hessian_of(x)),
             weight_grid(weight, format),
         )
     )

@@ -1,5 +1,7 @@
 """Methods that scale channels: SmoothQuant, OS+ and AWQ. All is fused, nothing runs online."""
 
+from dataclasses import replace
+
 from lowbit.recipes.recipe import Calibration, Recipe
 from lowbit.rounding import RTN
 from lowbit.transforms import AWQ as AWQFit
@@ -43,5 +45,13 @@ AWQ = Recipe(
     rounding=RTN(clip="output"),
     transforms=scaled(AWQFit(), *NORM_OUTPUTS, "value_channels", "mlp_hidden"),
     calibration=Calibration(128, 512),
-    reproduces=(("003", "AWQ"), ("004", "AWQ")),
+    reproduces=(("004", "AWQ"),),
+)
+
+AWQ_SYMMETRIC_CLIP = replace(
+    AWQ,
+    name="awq-symmetric-clip",
+    summary="AWQ as its authors' code clips, also where grids are asymmetric",
+    rounding=RTN(clip="output-symmetric"),
+    reproduces=(("003", "AWQ"),),
 )

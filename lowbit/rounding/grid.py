@@ -5,7 +5,10 @@ clip    what the ranges are shrunk for, of the widest among equals
 "weight"  the least sum |w - dequantized w|^2.4 of a group, 80 steps down to 0.21 of the range
           (IST-DASLab's GPTQ, "mse"). Weight MSE is not the loss: it can hurt an unrotated model
 "output"  the least error of a group's share of the output over the calibration tokens, 10 steps
-          down to 0.55 (AWQ, Lin et al. 2024, arXiv 2306.00978, its code's auto_clip)
+          down to 0.55 (AWQ, Lin et al. 2024, arXiv 2306.00978, its code's auto_clip), each end of a
+          range by its own share
+"output-symmetric"  as AWQ's code has it: both ends cut at that share of the largest magnitude,
+          which costs an asymmetric grid of 2 bits most of what it is for
 """
 
 from typing import NamedTuple
@@ -17,7 +20,7 @@ from lowbit.errors import InputError
 from lowbit.formats import GROUP_SCALE_MAX, MIN_SCALE, IntFormat
 from lowbit.ops.quantize import grid_of
 
-CLIPS = ("none", "weight", "output")
+CLIPS = ("none", "weight", "output", "output-symmetric")
 WEIGHT_STEPS = tuple(1 - i / 100 for i in range(80))
 OUTPUT_STEPS = tuple(1 - i / 20 for i in range(10))
 ERROR_NORM = 2.4
@@ -41,7 +44,7 @@ class WeightGrid(NamedTuple):
 def weight_grid(
     weight: Tensor, format: IntFormat, clip: str = "none", hessian: Tensor | None = None
 ) -> WeightGrid:
-    """The grid of weight [N, K] fp32; hessian [K, K] of its inputs, for clip "output".
+    """The grid of weight [N, K] fp32; hessian [K, K] of its inputs, for the clips of the output.
 
     Two-level scales start as fp32 ones, clipped like any other.
     """
@@ -49,8 +52,11 @@ def weight_grid(
     if clip == "none":
         scale, zero_point = grid_of(weight, format, 1.0, scale_dtype)
     else:
-        blocks = _diagonal_blocks(hessian, format) if clip == "output" else None
-        parts = [_search(rows, format, scale_dtype, blocks) for rows in weight.split(ROWS_AT_ONCE)]
+        blocks = _diagonal_blocks(hessian, format) if clip != "weight" else None
+        cut = clip == "output-symmetric"
+        parts = [
+            _search(rows, format, scale_dtype, blocks, cut) for rows in weight.split(ROWS_AT_ONCE)
+        ]
         scale = torch.cat([scale for scale, _ in parts])
         zero_point = None if format.symmetric else torch.cat([zero for _, zero in parts])
     return two_levels(scale) if format.two_level else WeightGrid(scale, zero_point)
@@ -79,12 +85,18 @@ def two_levels(scale: Tensor) -> WeightGrid:
 
 
 def _search(
-    weight: Tensor, format: IntFormat, scale_dtype: torch.dtype, blocks: Tensor | None
+    weight: Tensor, format: IntFormat, scale_dtype: torch.dtype, blocks: Tensor | None, cut: bool
 ) -> tuple[Tensor, Tensor | None]:
+    groups = weight.unflatten(-1, (format.num_groups(weight.shape[-1]), -1))
+    largest = groups.abs().amax(-1, keepdim=True)
     best_scale, best_zero = grid_of(weight, format, 1.0, scale_dtype)
     best_error = torch.full_like(best_scale, torch.inf, dtype=torch.float32)
     for clip in WEIGHT_STEPS if blocks is None else OUTPUT_STEPS:
-        scale, zero = grid_of(weight, format, clip, scale_dtype)
+        if cut:
+            ends = clip * largest
+            scale, zero = grid_of(groups.clamp(-ends, ends).flatten(-2), format, 1.0, scale_dtype)
+        else:
+            scale, zero = grid_of(weight, format, clip, scale_dtype)
         error = (on_grid(weight, scale, zero, format) - weight).unflatten(-1, (scale.shape[-1], -1))
         if blocks is None:  # exp(log): three times as fast as pow on a CPU
             error = error.abs_().log_().mul_(ERROR_NORM).exp_().sum(-1)

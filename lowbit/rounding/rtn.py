@@ -31,7 +31,7 @@ class RTN:
 
     @property
     def streams(self) -> tuple[str, ...]:
-        return ("full",) if self.clip == "output" else ()
+        return ("full",) if self.clip.startswith("output") else ()
 
     def round(
         self, weight: Tensor, format: IntFormat, statistics: Statistics | None = None
