@@ -65,6 +65,9 @@ def parser() -> Parser:
     p.add_argument("--format", default="w4a4kv4", help="e.g. w4a4kv4, w4a8kv4, w8a8, w4a16g128")
     _set_option(p)
     p.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write")
+    p.add_argument(
+        "--resume", metavar="FILE", help="where learned rotations save themselves, and go on from"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder")
     _calibration_options(p)
     _model_options(p)

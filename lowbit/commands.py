@@ -75,7 +75,7 @@ def run_quantize(args) -> Result:
         args.model, dtype_of(args), args.trust_remote_code, device_of(args)
     )
     start = time.perf_counter()
-    model = quantize(source, recipe, format, text, tokenizer, args.seed)
+    model = quantize(source, recipe, format, text, tokenizer, args.seed, resume=args.resume)
     seconds = time.perf_counter() - start
     checkpoint.save(model, args.output, tokenizer, args.overwrite)
     size, on_disk = size_of(model), folder_bytes(args.output)

@@ -37,8 +37,8 @@ class Distribution:
     samples: int = 32
     length: int = 512
 
-    def learn(self, model, fitted, format, clips, windows, seed, progress):
-        """fit_rotations: whatever the format will be, and its clips."""
+    def learn(self, model, fitted, format, clips, windows, seed, progress, resume):
+        """fit_rotations: whatever the format and its clips; minutes, so that nothing is saved."""
         return fit_rotations(model, fitted, self, windows, seed, progress)
 
 

@@ -13,6 +13,7 @@ turn.
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ def quantize(
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     progress: bool = True,
+    resume: str | Path | None = None,
 ) -> PreTrainedModel:
     """Quantize a model in place and return it, its linear and attention layers packed.
 
@@ -59,6 +61,8 @@ def quantize(
                  Python manual. Unused by recipes that need none
     tokenizer    needed to calibrate a model object on a text
     seed         of random rotations, of the choice of windows and of their order in batches
+    resume       a file where rotations that are learned end to end save themselves every few steps;
+                 the same call goes on from it after a kill. Yours to delete
 
     Raises InputError for an unknown recipe, format or architecture, a group size that does not
     divide, weights or calibration activations that are not finite, a text too short.
@@ -87,7 +91,9 @@ def quantize(
         training, clips = recipe.training, recipe.clips(format)
         spec = Calibration(training.samples, training.length)
         texts = _windows(calibration, tokenizer, spec, seed)
-        fitted, learned = training.learn(model, fitted, format, clips, texts, seed, progress)
+        fitted, learned = training.learn(
+            model, fitted, format, clips, texts, seed, progress, resume
+        )
     fitted.fuse_ends(model)
     blocks = model.get_submodule(adapter.block_path)
     dtype = model.dtype

@@ -10,6 +10,7 @@ of one sequence; a model is whole in memory here, unlike in the executor.
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, QuantFormat
+from lowbit.progress import Progress, fingerprint
 from lowbit.rounding.grid import fake_quantize, on_grid, weight_grid
 from lowbit.rounding.learned import straight_through
 from lowbit.transforms import FittedTransforms, Rotation
@@ -28,6 +30,7 @@ from lowbit.transforms.cayley import CayleySGD
 from lowbit.transforms.learned import LearnedRotation, Learner
 
 IMPLEMENTATION = "lowbit_training"
+SAVE_EVERY = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,12 @@ class Training:
     def samples(self) -> int:
         return self.steps * self.batch
 
-    def learn(self, model, fitted, format, clips, windows, seed, progress):
+    def learn(self, model, fitted, format, clips, windows, seed, progress, resume):
         """learn_rotations: nothing in it is random, once there are windows and transforms."""
-        return learn_rotations(model, fitted, self, format, clips, windows, progress)
+        return learn_rotations(model, fitted, self, format, clips, windows, progress, resume)
+
+    def lr_at(self, step: int) -> float:
+        return self.lr * max(0.5 * (1 + math.cos(math.pi * step / self.steps)), 1e-4)
 
 
 def learn_rotations(
@@ -61,20 +67,28 @@ def learn_rotations(
     clips: tuple[float, float],
     windows: Tensor,
     progress: bool = True,
+    resume: str | Path | None = None,
 ) -> tuple[FittedTransforms, dict]:
     """The transforms with their learned rotations learned, and a report; `model` stays as it is.
 
     windows  int64 [samples, length], taken in turn
+    resume   a file that is written every SAVE_EVERY steps; where it exists, learning goes on from
+             it, to the same bits
     """
     learned = [r for r in fitted.rotations if isinstance(r, LearnedRotation)]
     twin, learners = _trainable(model, fitted, learned, training, format, clips)
-    optimizer = CayleySGD([p for learner in learners for p in learner.parameters()], lr=training.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: max(0.5 * (1 + math.cos(math.pi * step / training.steps)), 1e-4)
-    )
-    losses = []
-    with torch.enable_grad(), tqdm(range(training.steps), "learn", disable=not progress) as bar:
+    parameters = [p for learner in learners for p in learner.parameters()]
+    optimizer = CayleySGD(parameters, lr=training.lr)
+    of = {
+        "training": f"{training} {format} {clips} {fitted.report()}",
+        "data": fingerprint(windows, model.get_input_embeddings().weight, *parameters),
+    }
+    saved = Progress(resume, of)
+    losses = _take_up(saved.load(), parameters, optimizer)
+    steps = range(len(losses), training.steps)
+    with torch.enable_grad(), tqdm(steps, "learn", disable=not progress) as bar:
         for step in bar:
+            optimizer.param_groups[0]["lr"] = training.lr_at(step)
             optimizer.zero_grad()
             total = 0.0
             for i in range(step * training.batch, (step + 1) * training.batch):
@@ -87,8 +101,9 @@ def learn_rotations(
                     f"the loss must be finite, got {total} at step {step}: lower training.lr"
                 )
             optimizer.step()
-            schedule.step()
             losses.append(total)
+            if len(losses) % SAVE_EVERY == 0 or len(losses) == training.steps:
+                saved.save({"losses": losses, "parameters": [p.detach() for p in parameters]})
             bar.set_postfix(loss=f"{total:.4f}")
     by_space = dict(zip((r.space for r in learned), learners, strict=True))
     rotations = tuple(
@@ -98,6 +113,17 @@ def learn_rotations(
     tail = losses[-max(1, len(losses) // 10) :]
     report = {"first_loss": losses[0], "last_loss": sum(tail) / len(tail), "losses": losses}
     return fitted.with_rotations(rotations), report
+
+
+def _take_up(state: dict | None, parameters: list[nn.Parameter], optimizer: CayleySGD) -> list:
+    """The losses so far, of a state that was saved or of none, which is put back."""
+    if state is None:
+        return []
+    with torch.no_grad():
+        for parameter, saved in zip(parameters, state["parameters"], strict=True):
+            parameter.copy_(saved)
+    optimizer.steps = len(state["losses"])
+    return state["losses"]
 
 
 def _trainable(

@@ -26,10 +26,10 @@ SHORT = Training(steps=6, batch=2, length=24)
 W4A4KV4 = QuantFormat.parse("w4a4kv4")
 
 
-def learned(model, transforms, training=SHORT, seed=0):
+def learned(model, transforms, training=SHORT, seed=0, resume=None):
     fitted = fit(transforms, adapter_for(model.config), seed)
     windows = tiny_tokens(4, 24)
-    return learn_rotations(model, fitted, training, W4A4KV4, (1.0, 1.0), windows, False)
+    return learn_rotations(model, fitted, training, W4A4KV4, (1.0, 1.0), windows, False, resume)
 
 
 def is_orthogonal(matrix: torch.Tensor, error: float) -> bool:
@@ -115,6 +115,40 @@ def test_learning_lowers_the_loss_and_spares_the_model():
     _, report = learned(model, SPINQUANT, replace(SHORT, steps=40, batch=4))  # one batch, again
     assert report["last_loss"] < report["first_loss"] - 0.05 and len(report["losses"]) == 40
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_learning_goes_on_after_a_kill_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowbit.training.SAVE_EVERY", 2)
+    long, file = replace(SHORT, steps=25), tmp_path / "new" / "learning.pt"
+    _, whole = learned(tiny_llama(), SPINQUANT, long)
+    steps = []
+
+    def killed_at_seven(optimizer, *_args):
+        steps.append(optimizer.steps)
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+
+    def on_the_way(spec=long):
+        return learned(tiny_llama(), SPINQUANT, spec, resume=file)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        step = CayleySGD.step
+        patch.setattr(CayleySGD, "step", lambda *args: (killed_at_seven(*args), step(*args)))
+        on_the_way()
+    fitted, report = on_the_way()
+    assert report["losses"] == whole["losses"]
+    again, report = on_the_way()  # nothing is left to learn
+    assert report["losses"] == whole["losses"]
+    expected, _ = learned(tiny_llama(), SPINQUANT, long)
+    for result in (fitted, again):
+        assert torch.equal(
+            result.rotations[0].at(0).learned[0], expected.rotations[0].at(0).learned[0]
+        )
+    with pytest.raises(InputError, match="is another: training .*lr=1.5"):
+        on_the_way(replace(long, lr=1.0))
+    file.write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="holds no saved fit"):
+        on_the_way()
 
 
 def test_same_seed_same_rotations():
