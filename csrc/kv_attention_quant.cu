@@ -24,6 +24,13 @@ namespace {
 constexpr int kMostSplits = 8;     // that a block adds: predicted, docs/notes/0007
 constexpr int kMostThreads = 512;  // with more, registers are too few for the loads of a split
 constexpr int kLeastUnits = 4;     // of a tile
+
+// Of a thread, whose loads are under way together: the sums of more spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kUnitsAtOnce = 2;
+#else
+constexpr int kUnitsAtOnce = 4;
+#endif
 constexpr int kLongestSum = kMostThreads * kLeastUnits * kVector;
 
 struct Splits {
@@ -67,33 +74,38 @@ struct Splits {
     weigh(weights, used, heads);
 
     // step 1c
-    float sum[kUnits][kVector];
+    static_assert(kUnits % kUnitsAtOnce == 0, "whole rounds");
+    const float* inverses = weights + 2 * used * heads;
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) zero_unit(sum[u]);
-    const float* row = a.partial + start;
+    for (int first = 0; first < kUnits; first += kUnitsAtOnce) {
+      float sum[kUnitsAtOnce][kVector];
+#pragma unroll
+      for (int u = 0; u < kUnitsAtOnce; ++u) zero_unit(sum[u]);
+      const float *row = a.partial + start, *weight = weights;
 #pragma unroll 1
-    for (int split = 0; split < used; ++split, row += stride, weights += heads) {
+      for (int split = 0; split < used; ++split, row += stride, weight += heads) {
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        float share[kVector];
-        load_vector(share, row + places[u] * kVector);
-        const float weight = weights[by_head.quotient(places[u])];
+        for (int u = 0; u < kUnitsAtOnce; ++u) {
+          const uint32_t place = places[first + u];
+          float share[kVector];
+          load_vector(share, row + place * kVector);
+          const float w = weight[by_head.quotient(place)];
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) sum[u][i] = kv::add_split(sum[u][i], share[i], weight);
+          for (int i = 0; i < kVector; ++i) sum[u][i] = kv::add_split(sum[u][i], share[i], w);
+        }
       }
-    }
-    const float* inverses = weights + used * heads;  // `weights` is at their end
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const float inverse = inverses[by_head.quotient(places[u])];
-      uint32_t words[kVector / 2];
+      for (int u = 0; u < kUnitsAtOnce; ++u) {
+        const float inverse = inverses[by_head.quotient(places[first + u])];
+        uint32_t words[kVector / 2];
 #pragma unroll
-      for (int i = 0; i < kVector / 2; ++i) {
-        const uint32_t low = kv::narrow(sum[u][2 * i] * inverse, a.is_bf16);
-        const uint32_t high = kv::narrow(sum[u][2 * i + 1] * inverse, a.is_bf16);
-        words[i] = low | high << 16;
+        for (int i = 0; i < kVector / 2; ++i) {
+          const uint32_t low = kv::narrow(sum[u][2 * i] * inverse, a.is_bf16);
+          const uint32_t high = kv::narrow(sum[u][2 * i + 1] * inverse, a.is_bf16);
+          words[i] = low | high << 16;
+        }
+        to[first + u] = make_uint4(words[0], words[1], words[2], words[3]);
       }
-      to[u] = make_uint4(words[0], words[1], words[2], words[3]);
     }
     sync_block();  // all have read what the row now overwrites
   }
