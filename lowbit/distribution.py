@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from lowbit.models import Adapter
 from lowbit.models.spaces import Space
-from lowbit.streams import Stream
+from lowbit.streams import Stream, check_finite
 from lowbit.transforms import FittedTransforms
 from lowbit.transforms.learned import LearnedRotation
 
@@ -121,6 +121,7 @@ def _activations(
             space = adapter.spaces[rotation.space]
             places = _places(adapter, space)
             x = torch.cat([_in_space(block, name, space, stream) for name in places])
+            check_finite(x, f"in {rotation.space} of block {index}")
             chosen = torch.randperm(len(x), generator=generator)[:rows]
             found[rotation.space].append(x[chosen.to(x.device)])
         stream.advance(block)

@@ -25,8 +25,7 @@ from lowbit.ops import dequantize
 from lowbit.recipes import Recipe
 from lowbit.rounding import BlockRounder, Statistics, quadratic_error, statistics_of
 from lowbit.rounding.block import BlockProblem
-from lowbit.rounding.grid import fake_quantize
-from lowbit.rounding.learned import straight_through
+from lowbit.rounding.learned import quantized_through
 from lowbit.streams import Stream, check_finite
 from lowbit.transforms import FittedTransforms
 
@@ -120,7 +119,7 @@ class Executor:
         targets.append(list(self.full.hidden))
         for pieces in targets:
             for piece in pieces:
-                check_finite(piece, index)
+                check_finite(piece, f"entering block {index}")
         return BlockProblem(
             block,
             self.adapter.linears,
@@ -173,7 +172,7 @@ class Executor:
         stream = self.rounded if "rounded" in self.rounder.streams else self.full
         full = None if original is None else self.full.inputs(original, name)
         statistics = statistics_of(stream.inputs(block, name), full)
-        check_finite(statistics.hessian, index)
+        check_finite(statistics.hessian, f"entering block {index}")
         return statistics
 
     def _round_linear(
@@ -200,8 +199,7 @@ class Executor:
         format, clip = self.format.activation, self.activation_clip
 
         def quantized(_module, args):
-            x = args[0]
-            return straight_through(fake_quantize(x.detach(), format, clip), x), *args[1:]
+            return quantized_through(args[0], format, clip), *args[1:]
 
         return [
             block.get_submodule(name).register_forward_pre_hook(quantized)

@@ -83,9 +83,7 @@ class Stream:
             self.hidden[i] = self.forward(block, hidden)
 
 
-def check_finite(statistics: Tensor, index: int):
+def check_finite(statistics: Tensor, where: str):
     """Refuse statistics that calibration activations made NaN or inf."""
     if not statistics.isfinite().all():
-        raise InputError(
-            f"calibration activations must be finite, got NaN or inf entering block {index}"
-        )
+        raise InputError(f"calibration activations must be finite, got NaN or inf {where}")

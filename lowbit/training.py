@@ -23,8 +23,8 @@ from transformers.masking_utils import sdpa_mask
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, QuantFormat
 from lowbit.progress import Progress, fingerprint
-from lowbit.rounding.grid import fake_quantize, on_grid, weight_grid
-from lowbit.rounding.learned import straight_through
+from lowbit.rounding.grid import on_grid, weight_grid
+from lowbit.rounding.learned import quantized_through, straight_through
 from lowbit.transforms import FittedTransforms, Rotation
 from lowbit.transforms.cayley import CayleySGD
 from lowbit.transforms.learned import LearnedRotation, Learner
@@ -171,7 +171,7 @@ def _trainable(
 
 
 def _quantized(x: Tensor, format: IntFormat | None, clip: float) -> Tensor:
-    return x if format is None else straight_through(fake_quantize(x.detach(), format, clip), x)
+    return x if format is None else quantized_through(x, format, clip)
 
 
 class _LearningLinear(nn.Module):

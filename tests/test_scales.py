@@ -108,6 +108,15 @@ def test_a_scale_behind_an_online_rotation_is_refused():
         fit((*ROTATIONS, Scale("mlp_hidden", AWQ())), adapter, 0)
 
 
+@pytest.mark.parametrize("recipe", ["smoothquant", "awq", "os+", "dartquant"])
+def test_activations_that_are_not_finite_are_an_error(recipe):
+    """Weights are finite, and so checked; their products with the activations are not."""
+    model = tiny_llama()
+    model.model.layers[0].mlp.down_proj.weight.fill_(1e38)
+    with pytest.raises(InputError, match="calibration activations must be finite, got NaN or inf"):
+        lowbit.quantize(model, recipe, "w4a16g32", calibration=tiny_tokens(4, 24), progress=False)
+
+
 def test_the_report_names_the_candidate_of_every_block():
     model = lowbit.quantize(
         tiny_llama(), "awq", "w4a16g32", calibration=tiny_tokens(8, 32), progress=False

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor, stack
 
 from lowbit.formats import IntFormat
-from lowbit.rounding.grid import WeightGrid, weight_grid
+from lowbit.rounding.grid import WeightGrid, fake_quantize, weight_grid
 
 
 class Simulated(NamedTuple):
@@ -32,6 +32,11 @@ def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
     if not smooth.requires_grad:
         return exact
     return exact.detach() + (smooth - smooth.detach())
+
+
+def quantized_through(x: Tensor, format: IntFormat, clip: float) -> Tensor:
+    """x as a dynamic quantizer makes it, with the gradient of x."""
+    return straight_through(fake_quantize(x.detach(), format, clip), x)
 
 
 def simulate(

@@ -5,7 +5,6 @@ activations meet (AWQ). A fit proposes candidates; where there are several, that
 quantized readers change the output of Space.judge least, in full-precision activations.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from lowbit.formats import IntFormat, QuantFormat
 from lowbit.models.spaces import Space
 from lowbit.rounding.grid import fake_quantize, on_grid, weight_grid
-from lowbit.streams import Stream
+from lowbit.streams import Stream, check_finite
 from lowbit.transforms.channels import fuse_scale, reader_columns
 
 LEAST = 1e-5  # of a scale, and of what it is computed from
@@ -93,8 +92,10 @@ class Scale:
         if len(candidates) > 1:
             trial = _Trial(block, space, stream, format, clip, self.fit.tokens)
             errors = [trial.error(scale) for scale in candidates]
-            best = min(range(len(errors)), key=lambda i: (math.isnan(errors[i]), errors[i]))
-            report = {"candidate": best, "error": errors[best]}
+            errors = torch.tensor(errors, dtype=torch.float64).nan_to_num(torch.inf)
+            best = int(errors.argmin())
+            check_finite(errors[best], f"written by {space.judge}")
+            report = {"candidate": best, "error": errors[best].item()}
             candidates = [candidates[best]]
         fuse_scale(block, space, candidates[0].clamp(min=LEAST))
         return report
@@ -110,6 +111,7 @@ def channels_of(block: nn.Module, space: Space, stream: Stream) -> Channels:
         x = x.abs()
         largest = torch.maximum(x.amax(0), torch.as_tensor(largest, device=x.device))
         total = total + x.sum(0)
+    check_finite(total, f"read by {space.readers[0]}")
     mean = total / stream.tokens
     weights = [block.get_submodule(name).weight.abs().amax(0) for name in space.readers]
     weight = torch.stack(weights).amax(0)
