@@ -12,7 +12,8 @@ RESET_PEAK = "5"  # man 5 proc: VmHWM starts again at what is resident now
 
 @dataclass
 class Peak:
-    """bytes: None where it cannot be measured (another system than Linux, no CUDA)."""
+    """bytes: None where it cannot be measured: without CUDA, another system than Linux, or one
+    that does not let the process start its peak anew."""
 
     bytes: int | None = None
 
@@ -24,15 +25,16 @@ def peak_memory(device: torch.device):
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            CLEAR.write_text(RESET_PEAK)
-    yield peak
-    if device.type == "cuda":
+        yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device)
-    else:
-        with contextlib.suppress(OSError):
-            peak.bytes = _resident_peak()
+        return
+    anew = False
+    with contextlib.suppress(OSError):
+        CLEAR.write_text(RESET_PEAK)
+        anew = True
+    yield peak
+    if anew:  # else it would be the peak of the whole process
+        peak.bytes = _resident_peak()
 
 
 def _resident_peak() -> int | None:
