@@ -160,7 +160,7 @@ def _text_options(p: Parser, limit: int | None = None, several: bool = False):
         "--text",
         metavar="FILE",
         nargs="+" if several else None,
-        help="UTF-8 text (default: the Python manual)",
+        help="UTF-8 text" + (', or "manual"' if several else "") + " (default: the Python manual)",
     )
     p.add_argument(
         "--window", type=int, default=WINDOW, metavar="N", help=f"tokens (default: {WINDOW})"

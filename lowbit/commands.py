@@ -32,6 +32,7 @@ from lowbit.recipes import (
 
 Result = tuple[dict, str]
 MANUAL = "the Python manual"  # pydoc_data.topics, where no --text is given
+MANUAL_WORD = "manual"  # which stands for it among files
 
 
 def device_of(args) -> torch.device:
@@ -238,8 +239,7 @@ def run_recipes(args) -> Result:
 def run_table(args) -> Result:
     recipes = overridden_where_known([recipe_named(name) for name in args.recipe], args.set)
     formats = [QuantFormat.parse(name).name for name in args.format]
-    texts = {Path(path).name: read_text(path) for path in args.text or ()}
-    texts = texts or {MANUAL: manual_text("evaluation")}
+    texts = dict(_named_text(name) for name in args.text or (MANUAL_WORD,))
 
     def load_model():
         model, _ = load_source(args.model, torch.float32, args.trust_remote_code)
@@ -258,6 +258,13 @@ def run_table(args) -> Result:
     )
     full, rows = table.table(load_model, protocol, recipes, formats, windows, args.seed, _tell)
     return {"model": args.model, **table.as_json(full, rows)}, table.markdown(full, rows)
+
+
+def _named_text(name: str) -> tuple[str, str]:
+    """What a text is called, and the text."""
+    if name == MANUAL_WORD:
+        return MANUAL, manual_text("evaluation")
+    return Path(name).name, read_text(name)
 
 
 def _tell(row: table.Row):

@@ -118,10 +118,12 @@ def test_table_and_plot(capsys, tmp_path, source, text):
     assert [row["recipe"] for row in json.loads(out)["rows"]] == ["rtn"]
     code, out, _ = in_process(capsys, "table", source, *args, *small)
     assert code == 0 and "| rtn | w8a8 |" in out
-    mixed = ("--recipe", "rtn", "gptq", "--format", "w8a8", "--kind", "fake", "--text", text, text)
+    mixed = ("--recipe", "rtn", "gptq", "--format", "w8a8", "--kind", "fake")
+    mixed += ("--text", text, "manual")
     setting = ("--set", "rounding.damp=0.3")
     code, out, _ = in_process(capsys, "table", source, *mixed, *WINDOWS, *small, *setting)
     assert code == 0 and "| gptq | w8a8 |" in out
+    assert "text.txt: fake" in out and "the Python manual: fake" in out
     wrong = in_process(capsys, "table", source, *mixed, *small, "--set", "rounding.dump=1")
     assert_one_line(wrong, "unknown field 'dump', expected one of clip")
     pytest.importorskip("matplotlib")
