@@ -66,7 +66,7 @@ def parser() -> Parser:
     _set_option(p)
     p.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write")
     p.add_argument(
-        "--resume", metavar="FILE", help="where learned rotations save themselves, and go on from"
+        "--resume", metavar="DIR", help="where each finished part is saved, to go on after a kill"
     )
     p.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder")
     _calibration_options(p)

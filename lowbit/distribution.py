@@ -37,8 +37,8 @@ class Distribution:
     samples: int = 32
     length: int = 512
 
-    def learn(self, model, fitted, format, clips, windows, seed, progress, resume):
-        """fit_rotations: whatever the format and its clips; minutes, so that nothing is saved."""
+    def learn(self, model, fitted, format, clips, windows, seed, progress, saved):
+        """fit_rotations, whatever the format and its clips; saved by the caller once it is done."""
         return fit_rotations(model, fitted, self, windows, seed, progress)
 
 
@@ -54,7 +54,7 @@ def fit_rotations(
 
     windows  int64 [samples, length]
     """
-    wanted = [r for r in fitted.rotations if isinstance(r, LearnedRotation)]
+    wanted = list(fitted.learned.values())
     found = _activations(model, fitted, wanted, spec.rows, windows, seed)
     report, by_space = {}, {}
     for rotation in wanted:
@@ -69,8 +69,7 @@ def fit_rotations(
         by_space[rotation.space] = rotation.replaced([torch.stack(matrices)])
         first, last = (sum(part) / len(losses) for part in zip(*losses, strict=True))
         report[rotation.space] = {"first_loss": first, "last_loss": last}
-    rotations = tuple(by_space.get(r.space, r) for r in fitted.rotations)
-    return fitted.with_rotations(rotations), report
+    return fitted.with_learned(by_space), report
 
 
 def whip(x: Tensor, start: Tensor, spec: Distribution) -> tuple[Tensor, float, float]:

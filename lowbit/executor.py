@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowbit.finished import FinishedBlock
 from lowbit.formats import PackedTensor, QuantFormat
 from lowbit.ops import dequantize
 from lowbit.recipes import Recipe
@@ -28,8 +29,9 @@ from lowbit.rounding.block import BlockProblem
 from lowbit.rounding.learned import quantized_through
 from lowbit.streams import Stream, check_finite
 from lowbit.transforms import FittedTransforms
+from lowbit.transforms.channels import fuse_scale
 
-Rounded = dict[str, tuple[PackedTensor, dict]]
+Rounded = dict[str, tuple[PackedTensor, dict]]  # linear -> packed weight, report
 
 
 def needed_streams(recipe: Recipe, format: QuantFormat) -> set[str]:
@@ -69,15 +71,12 @@ class Executor:
         if len(needed) == 2:
             self.rounded = stream.fork()
 
-    def run(self, block: nn.Module, index: int) -> tuple[Rounded, dict, dict]:
-        """linear -> (packed weight, report), space -> report, and a block rounder's report; the
-        block's weights are released.
-
-        `block` is in fp32.
-        """
+    def run(self, block: nn.Module, index: int) -> FinishedBlock:
+        """Round a block in fp32; its linears' weights are released."""
         self.fitted.fuse_block(block, index)
         if self.format.weight is None:
-            return {}, {}, {}
+            report = {"rounding": {}, "scales": {}, "block": {}}
+            return FinishedBlock({}, {}, {}, report, self.generator.get_state())
         handles = self.fitted.hook_online(block, index)
         scales = {
             scale.space: scale.fit_and_fuse(
@@ -94,19 +93,48 @@ class Executor:
             problem = self._problem(block, index)
         elif len(self.rounder.streams) == 2:
             original = copy.deepcopy(block)
-        if self.rounder.quantized_inputs and self.format.activation is not None:
-            handles += self._hook_quantizers(block)
+        elif self.full and "full" not in self.rounder.streams:
+            self.full.advance(block)  # while it is in full precision
+        handles += self._hook_quantizers(block)
         if problem is None:
             rounded, learned = self._round(block, original, index), {}
         else:
             rounded, learned = self._round_block(problem, index)
+        self._leave(block, handles)
+        return FinishedBlock(
+            {name: weight for name, (weight, _) in rounded.items()},
+            dict(block.named_parameters()),
+            {space: scale for space, (scale, _) in scales.items()},
+            {
+                "rounding": {name: report for name, (_, report) in rounded.items()},
+                "scales": {space: report for space, (_, report) in scales.items()},
+                "block": learned,
+            },
+            self.generator.get_state(),
+        )
+
+    def replay(self, block: nn.Module, index: int, finished: FinishedBlock):
+        """Do to this block and the streams what `run` did, to the same bits, by forwards alone."""
+        self.generator.set_state(finished.generator)
+        self.fitted.fuse_block(block, index)
+        if self.format.weight is None:
+            return
+        handles = self.fitted.hook_online(block, index)
+        for space, scale in finished.scales.items():
+            fuse_scale(block, self.adapter.spaces[space], scale)
+        if self.full:
+            self.full.advance(block)
+        finished.put_into(block)
+        handles += self._hook_quantizers(block)
+        self._leave(block, handles)
+
+    def _leave(self, block: nn.Module, handles: list):
         if self.rounded:
             self.rounded.advance(block)
         for handle in handles:
             handle.remove()
         for name in self.adapter.linears:
             block.get_submodule(name).weight = None
-        return rounded, scales, learned
 
     def _problem(self, block: nn.Module, index: int) -> BlockProblem:
         """What a block rounder gets. Before its quantizers are hooked in: the full stream advances,
@@ -152,7 +180,7 @@ class Executor:
         known = {}
         if self.rounder.streams and not self.rounder.true_sequential:
             known = {stage: self._statistics(block, original, stage[0], index) for stage in stages}
-        if self.full and original is None:
+        if original is None and "full" in self.rounder.streams:
             self.full.advance(block)  # while it is in full precision
         results = {}
         for stage in stages:
@@ -192,11 +220,15 @@ class Executor:
             lost = quadratic_error(linear.weight - rounded, statistics.hessian)
             whole = quadratic_error(linear.weight, statistics.hessian)
             report["relative_error"] = lost / whole if whole else 0.0  # all-zero weights
+            self.show(f"{name} error {report['relative_error']:.4f}")
         linear.weight.copy_(rounded)
         return packed, report
 
     def _hook_quantizers(self, block: nn.Module) -> list:
+        """Handles of the hooks that quantize what the linears read, where the rounder asks."""
         format, clip = self.format.activation, self.activation_clip
+        if format is None or not self.rounder.quantized_inputs:
+            return []
 
         def quantized(_module, args):
             return quantized_through(args[0], format, clip), *args[1:]

@@ -1,8 +1,18 @@
-"""Progress of a long fit, in a file: saved as it goes, taken up again after a kill."""
+"""Progress of a long fit, in a folder: saved as it goes, taken up again after a kill.
+
+    fit.json        what the fit is of: the folder is refused to any other
+    training.pt     rotations, while they are learned end to end
+    learned.pt      rotations that were learned, and the report of it
+    block-0000.pt   a block that is done, and each after it (lowbit/finished.py)
+
+Each file is whole or not there: it is written beside, then renamed.
+"""
 
 import hashlib
+import json
 import os
 import pickle
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -10,47 +20,78 @@ from torch import Tensor
 
 from lowbit.errors import InputError
 
+FIT_FILE = "fit.json"
+
 
 class Progress:
-    """path  of the file; None: nothing is saved and nothing found
-    of    what the fit is of, by name: a file that is of another is refused, not overwritten
+    """folder  None: nothing is saved and nothing found. It is made when something is saved
+    of      what the fit is of, by name
+
+    Raises InputError where the folder is of another fit, before anything in it changes.
     """
 
-    def __init__(self, path: str | Path | None, of: dict[str, str]):
-        self.path = None if path is None else Path(path).expanduser()
+    def __init__(self, folder: str | Path | None, of: dict[str, str]):
+        self.folder = None if folder is None else Path(folder).expanduser()
         self.of = of
+        if self.folder is not None:
+            self._check()
 
-    def load(self) -> dict | None:
-        """The state that was saved last; None where there is no file."""
-        if self.path is None or not self.path.exists():
+    def load(self, name: str) -> dict | None:
+        """The state that was saved last under this name, on the CPU; None where there is none."""
+        if self.folder is None or not self._file(name).exists():
             return None
         try:
-            found = torch.load(self.path, weights_only=True)
-            of, state = found["of"], found["state"]
-        except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.PickleError) as error:
-            raise InputError(f"resume: {str(self.path)!r} holds no saved fit: {error}") from error
-        differs = [f"{name} {of.get(name)}" for name in self.of if of.get(name) != self.of[name]]
+            return torch.load(self._file(name), weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, KeyError, EOFError, pickle.PickleError) as error:
+            raise InputError(
+                f"resume: {str(self._file(name))!r} holds no saved fit: {error}"
+            ) from error
+
+    def save(self, name: str, state: dict):
+        """state  tensors, numbers, strings and None, in dicts and lists"""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / FIT_FILE).exists():
+            text = json.dumps(self.of, indent=2) + "\n"
+            _write(self.folder / FIT_FILE, lambda file: file.write_text(text))
+        _write(self._file(name), lambda file: torch.save(state, file))
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.pt"
+
+    def _check(self):
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"resume must be a folder, got the file {str(self.folder)!r}")
+        file = self.folder / FIT_FILE
+        if not file.exists():
+            return
+        try:
+            found = dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"resume: {str(file)!r} holds no saved fit: {error}") from error
+        differs = [
+            f"{name} {found.get(name)} instead of {self.of.get(name)}"
+            for name in self.of | found
+            if found.get(name) != self.of.get(name)
+        ]
         if differs:
             raise InputError(
-                f"resume: the fit saved in {str(self.path)!r} is another: {', '.join(differs)}; "
-                f"expected {', '.join(f'{k} {v}' for k, v in self.of.items())}"
+                f"resume: the fit saved in {str(self.folder)!r} is another, of "
+                f"{', '.join(differs)}: take another folder, or delete this one"
             )
-        return state
-
-    def save(self, state: dict):
-        """Whole or not at all: written beside, then renamed."""
-        if self.path is None:
-            return
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"of": self.of, "state": state}, beside)
-        os.replace(beside, self.path)
 
 
-def fingerprint(*tensors: Tensor) -> str:
+def _write(target: Path, write: Callable[[Path], object]):
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    write(beside)
+    os.replace(beside, target)
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
     """Of dtypes, shapes and bits."""
     digest = hashlib.sha256()
     for t in tensors:
         digest.update(f"{t.dtype}{tuple(t.shape)}".encode())
-        digest.update(t.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

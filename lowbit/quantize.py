@@ -21,19 +21,21 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowbit.config import LowbitConfig
+from lowbit.doctor import installed_version
 from lowbit.errors import InputError
 from lowbit.evaluate.text import manual_text
 from lowbit.executor import Executor, needed_streams
+from lowbit.finished import FinishedBlock
 from lowbit.formats import QuantFormat
 from lowbit.models import Adapter, adapter_for
 from lowbit.models.source import open_source
 from lowbit.models.stored import StoredModel
 from lowbit.nn.swap import swap
-from lowbit.recipes import Calibration, Recipe, recipe_named
+from lowbit.progress import Progress, fingerprint
+from lowbit.recipes import Calibration, Recipe, recipe_named, settings_of
 from lowbit.transforms import (
     FittedTransforms,
     FoldNorms,
-    LearnedRotation,
     LearnRotation,
     Rotate,
     fit,
@@ -61,11 +63,12 @@ def quantize(
                  Python manual. Unused by recipes that need none
     tokenizer    needed to calibrate a model object on a text
     seed         of random rotations, of the choice of windows and of their order in batches
-    resume       a file where rotations that are learned end to end save themselves every few steps;
-                 the same call goes on from it after a kill. Yours to delete
+    resume       a folder where what is learned and each block that is done are saved; the same
+                 call goes on from there after a kill, to the same bits. Yours to delete
 
     Raises InputError for an unknown recipe, format or architecture, a group size that does not
-    divide, weights or calibration activations that are not finite, a text too short.
+    divide, weights or calibration activations that are not finite, a text too short, and where
+    `resume` holds another fit.
     """
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
     format = QuantFormat.parse(format) if isinstance(format, str) else format
@@ -79,20 +82,20 @@ def quantize(
     adapter = adapter_for(model.config)
     model.eval().requires_grad_(False)
     check_weights(model, stored, adapter, format)
-    windows = None
+    windows = texts = None
     if needed_streams(recipe, format):
         windows = _windows(calibration, tokenizer, recipe.calibration, seed)
-
     fitted = fit(_useful(recipe.transforms, adapter, format), adapter, seed)
-    learned = {}
-    if any(isinstance(r, LearnedRotation) for r in fitted.rotations):
-        if stored:
-            stored.load("")
-        training, clips = recipe.training, recipe.clips(format)
-        spec = Calibration(training.samples, training.length)
+    if fitted.learned:
+        spec = Calibration(recipe.training.samples, recipe.training.length)
         texts = _windows(calibration, tokenizer, spec, seed)
-        fitted, learned = training.learn(
-            model, fitted, format, clips, texts, seed, progress, resume
+    of = {} if resume is None else _fit_of(recipe, format, seed, (windows, texts), model, stored)
+    saved = Progress(resume, of)
+
+    learned = {}
+    if fitted.learned:
+        fitted, learned = _learned(
+            model, stored, fitted, recipe, format, texts, seed, progress, saved
         )
     fitted.fuse_ends(model)
     blocks = model.get_submodule(adapter.block_path)
@@ -105,14 +108,18 @@ def quantize(
     for index, block in bar:
         if stored:
             stored.load(f"{adapter.block_path}.{index}")
-        rounded, scales, whole = executor.run(block.float(), index)
-        for name, (weight, found) in rounded.items():
+        state = saved.load(f"block-{index:04d}")
+        if state is None:
+            finished = executor.run(block.float(), index)
+            saved.save(f"block-{index:04d}", finished.state())
+        else:
+            finished = FinishedBlock.of_state(state, format.weight, model.device)
+            executor.replay(block.float(), index, finished)
+        for name, weight in finished.packed.items():
             packed[f"{adapter.block_path}.{index}.{name}"] = weight
-            report["rounding"][f"{index}.{name}"] = found
-            if "relative_error" in found:
-                bar.set_postfix_str(f"{name} error {found['relative_error']:.4f}")
-        report["scales"].update((f"{index}.{space}", found) for space, found in scales.items())
-        report["blocks"][str(index)] = whole
+        for kind in ("rounding", "scales"):
+            report[kind].update((f"{index}.{k}", v) for k, v in finished.report[kind].items())
+        report["blocks"][str(index)] = finished.report["block"]
         block.to(dtype)
     swap(model, adapter, _config(recipe, format, fitted, seed, windows, report))
     for name, weight in packed.items():
@@ -122,6 +129,57 @@ def quantize(
             if name != adapter.attention or format.kv is not None:
                 block.get_submodule(name).rotation.assign(matrices)
     return model
+
+
+def _fit_of(
+    recipe: Recipe,
+    format: QuantFormat,
+    seed: int,
+    windows: tuple[Tensor | None, ...],
+    model: nn.Module,
+    stored: StoredModel | None,
+) -> dict[str, str]:
+    """All that the bits of the result depend on, but for what computes them."""
+    parts = (recipe.rounding, recipe.training, *recipe.transforms)
+    parts += tuple(scale.fit for scale in recipe.scales)
+    weights = stored.read(sorted(stored.files)) if stored else model.named_parameters()
+    return {
+        "lowbit": str(installed_version("lowbit")),
+        "recipe": recipe.name,
+        "parts": " ".join(type(part).__name__ for part in parts),
+        **{name: str(value) for name, value in settings_of(recipe).items()},
+        "format": format.name,
+        "seed": str(seed),
+        "windows": fingerprint(w for w in windows if w is not None),
+        "weights": fingerprint(tensor for _, tensor in weights),
+        "dtype": str(model.dtype),
+    }
+
+
+def _learned(
+    model: PreTrainedModel,
+    stored: StoredModel | None,
+    fitted: FittedTransforms,
+    recipe: Recipe,
+    format: QuantFormat,
+    texts: Tensor,
+    seed: int,
+    progress: bool,
+    saved: Progress,
+) -> tuple[FittedTransforms, dict]:
+    """The transforms with what is learned of them, and a report; from `saved` if it has it."""
+    state = saved.load("learned")
+    if state is not None:
+        found = {s: r.restored(state["matrices"][s]) for s, r in fitted.learned.items()}
+        return fitted.with_learned(found), state["report"]
+    if stored:
+        stored.load("")
+    fitted, report = recipe.training.learn(
+        model, fitted, format, recipe.clips(format), texts, seed, progress, saved
+    )
+    matrices = {space: rotation.matrices() for space, rotation in fitted.learned.items()}
+    saved.save("learned", {"matrices": matrices, "report": report})
+    return fitted, report
 
 
 def _teller(bar: tqdm) -> Callable[[str], None]:

@@ -10,7 +10,6 @@ of TOKENS_AT_ONCE tokens; a model is whole in memory here, unlike in the executo
 import copy
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, QuantFormat
-from lowbit.progress import Progress, fingerprint
+from lowbit.progress import Progress
 from lowbit.rounding.grid import on_grid, weight_grid
 from lowbit.rounding.learned import quantized_through, straight_through
 from lowbit.transforms import FittedTransforms, Rotation
@@ -32,6 +31,7 @@ from lowbit.transforms.learned import LearnedRotation, Learner
 IMPLEMENTATION = "lowbit_training"
 SAVE_EVERY = 10  # steps
 TOKENS_AT_ONCE = 2048  # of one forward: weights are turned anew in each
+STATE = "training"  # the name it is saved under
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Training:
     def samples(self) -> int:
         return self.steps * self.batch
 
-    def learn(self, model, fitted, format, clips, windows, seed, progress, resume):
+    def learn(self, model, fitted, format, clips, windows, seed, progress, saved):
         """learn_rotations: nothing in it is random, once there are windows and transforms."""
-        return learn_rotations(model, fitted, self, format, clips, windows, progress, resume)
+        return learn_rotations(model, fitted, self, format, clips, windows, saved, progress)
 
     def lr_at(self, step: int) -> float:
         return self.lr * max(0.5 * (1 + math.cos(math.pi * step / self.steps)), 1e-4)
@@ -70,25 +70,20 @@ def learn_rotations(
     format: QuantFormat,
     clips: tuple[float, float],
     windows: Tensor,
+    saved: Progress,
     progress: bool = True,
-    resume: str | Path | None = None,
 ) -> tuple[FittedTransforms, dict]:
     """The transforms with their learned rotations learned, and a report; `model` stays as it is.
 
     windows  int64 [samples, length], taken in turn
-    resume   a file that is written every SAVE_EVERY steps; where it exists, learning goes on from
+    saved    where the state lies every SAVE_EVERY steps; where there is one, learning goes on from
              it, to the same bits
     """
-    learned = [r for r in fitted.rotations if isinstance(r, LearnedRotation)]
+    learned = list(fitted.learned.values())
     twin, learners = _trainable(model, fitted, learned, training, format, clips)
     parameters = [p for learner in learners for p in learner.parameters()]
     optimizer = CayleySGD(parameters, lr=training.lr)
-    of = {
-        "training": f"{training} {format} {clips} {fitted.report()}",
-        "data": fingerprint(windows, model.get_input_embeddings().weight, *parameters),
-    }
-    saved = Progress(resume, of)
-    losses = _take_up(saved.load(), parameters, optimizer)
+    losses = _take_up(saved.load(STATE), parameters, optimizer)
     steps = range(len(losses), training.steps)
     at_once = max(1, TOKENS_AT_ONCE // windows.shape[1])
     with torch.enable_grad(), tqdm(steps, "learn", disable=not progress) as bar:
@@ -111,16 +106,17 @@ def learn_rotations(
             optimizer.step()
             losses.append(total)
             if len(losses) % SAVE_EVERY == 0 or len(losses) == training.steps:
-                saved.save({"losses": losses, "parameters": [p.detach() for p in parameters]})
+                saved.save(
+                    STATE, {"losses": losses, "parameters": [p.detach() for p in parameters]}
+                )
             bar.set_postfix(loss=f"{total:.4f}")
-    by_space = dict(zip((r.space for r in learned), learners, strict=True))
-    rotations = tuple(
-        r.replaced(by_space[r.space].matrices()) if isinstance(r, LearnedRotation) else r
-        for r in fitted.rotations
-    )
+    by_space = {
+        r.space: r.replaced(learner.matrices())
+        for r, learner in zip(learned, learners, strict=True)
+    }
     tail = losses[-max(1, len(losses) // 10) :]
     report = {"first_loss": losses[0], "last_loss": sum(tail) / len(tail), "losses": losses}
-    return fitted.with_rotations(rotations), report
+    return fitted.with_learned(by_space), report
 
 
 def _take_up(state: dict | None, parameters: list[nn.Parameter], optimizer: CayleySGD) -> list:

@@ -74,7 +74,7 @@ def test_a_search_is_no_worse_than_the_unscaled_model(space, fit, format):
     stream = Stream(model, adapter, tiny_tokens(8, 32))
     block = model.model.layers[0]
     before = copy.deepcopy(block)
-    found = Scale(space, fit).fit_and_fuse(block, adapter.spaces[space], stream, format, 1.0)
+    _, found = Scale(space, fit).fit_and_fuse(block, adapter.spaces[space], stream, format, 1.0)
     # the first candidate of both is a scale of 1 everywhere
     ones = type(fit)(steps=1, tokens=fit.tokens)
     trivial = list(ones.candidates(channels_of(before, adapter.spaces[space], stream)))

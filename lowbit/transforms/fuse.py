@@ -28,8 +28,19 @@ class FittedTransforms:
     rotations: tuple[Rotation | LearnedRotation, ...]
     scales: tuple[Scale, ...] = ()
 
-    def with_rotations(self, rotations: tuple) -> "FittedTransforms":
-        return replace(self, rotations=rotations)
+    @property
+    def learned(self) -> dict[str, LearnedRotation]:
+        """The rotations that are learned, by space."""
+        return {r.space: r for r in self.rotations if isinstance(r, LearnedRotation)}
+
+    def with_learned(self, learned: dict[str, LearnedRotation]) -> "FittedTransforms":
+        """With these in place of its own."""
+        return replace(
+            self,
+            rotations=tuple(
+                learned[r.space] if isinstance(r, LearnedRotation) else r for r in self.rotations
+            ),
+        )
 
     @property
     def input_transforms(self) -> dict[str, OnlineTransform]:

@@ -102,8 +102,16 @@ class LearnedRotation:
 
     def replaced(self, matrices: list[Tensor]) -> "LearnedRotation":
         """With what was learned, [1 or blocks, n, n] of each stage; made orthogonal to fp64."""
-        stages = [nearest_orthogonal(m.detach().double().cpu()) for m in matrices]
-        each = zip(*(stage.unbind() for stage in stages), strict=True)
+        return self.restored([nearest_orthogonal(m.detach().double().cpu()) for m in matrices])
+
+    def matrices(self) -> list[Tensor]:
+        """fp64 [1 or blocks, n, n] of each stage."""
+        learned = (r.learned for r in self.rotations)
+        return [torch.stack(each) for each in zip(*learned, strict=True)]
+
+    def restored(self, matrices: list[Tensor]) -> "LearnedRotation":
+        """With the matrices of another of the same spec, bit for bit."""
+        each = zip(*(stage.unbind() for stage in matrices), strict=True)
         rotations = tuple(replace(self.rotations[0], learned=learned) for learned in each)
         return replace(self, rotations=rotations)
 

@@ -84,8 +84,9 @@ class Scale:
 
     def fit_and_fuse(
         self, block: nn.Module, space: Space, stream: Stream, format: QuantFormat, clip: float
-    ) -> dict:
-        """Fit to full-precision activations entering the block, and fuse; what was found."""
+    ) -> tuple[Tensor, dict]:
+        """Fit to full-precision activations entering the block, and fuse: the scale [dim * inner],
+        and what was found."""
         channels = channels_of(block, space, stream)
         candidates = list(self.fit.candidates(channels))
         report = {}
@@ -97,8 +98,9 @@ class Scale:
             check_finite(errors[best], f"written by {space.judge}")
             report = {"candidate": best, "error": errors[best].item()}
             candidates = [candidates[best]]
-        fuse_scale(block, space, candidates[0].clamp(min=LEAST))
-        return report
+        scale = candidates[0].clamp(min=LEAST)
+        fuse_scale(block, space, scale)
+        return scale, report
 
     def __str__(self) -> str:
         return f"{self.space}: scaled by {self.fit}"
