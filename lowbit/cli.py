@@ -15,7 +15,7 @@ import warnings
 import huggingface_hub
 import transformers
 
-from lowbit import commands, demo
+from lowbit import commands, demo, parallel
 from lowbit.doctor import installed_version
 from lowbit.errors import InputError
 from lowbit.evaluate.perplexity import WINDOW
@@ -227,13 +227,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with stdout:
             result, text = args.run(args)
-        print(json.dumps(finite(result), indent=2, allow_nan=False) if args.json else text)
+        if parallel.rank() == 0:
+            print(json.dumps(finite(result), indent=2, allow_nan=False) if args.json else text)
     except (InputError, NoBackendError, OSError) as error:
-        print(f"lowbit: error: {one_line(error)}", file=sys.stderr)
+        which = f" in process {parallel.rank()}" if parallel.rank() else ""
+        print(f"lowbit: error{which}: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("lowbit: interrupted", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        parallel.finish()
     return 0
 
 

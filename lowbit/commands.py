@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from lowbit import checkpoint, doctor
+from lowbit import checkpoint, doctor, parallel
 from lowbit.errors import InputError
 from lowbit.evaluate import plot, published, table
 from lowbit.evaluate.fake_quant import to_fake
@@ -70,16 +70,22 @@ def open_model(args):
 def run_quantize(args) -> Result:
     recipe, format = overridden(recipe_named(args.recipe), args.set), QuantFormat.parse(args.format)
     recipe = replace(recipe, calibration=_calibration(args, recipe.calibration))
-    check_target(args.output, args.overwrite)  # before minutes of work, and again before renaming
+    device = device_of(args)
+    parallel.start(device)
+    # before minutes of work, and again before renaming
+    parallel.first(lambda: check_target(args.output, args.overwrite))
     text = read_text(args.calibration) if args.calibration else None
-    source, tokenizer = open_source(
-        args.model, dtype_of(args), args.trust_remote_code, device_of(args)
-    )
+    source, tokenizer = open_source(args.model, dtype_of(args), args.trust_remote_code, device)
     start = time.perf_counter()
-    model = quantize(source, recipe, format, text, tokenizer, args.seed, resume=args.resume)
+    progress = parallel.rank() == 0
+    model = quantize(source, recipe, format, text, tokenizer, args.seed, progress, args.resume)
     seconds = time.perf_counter() - start
-    checkpoint.save(model, args.output, tokenizer, args.overwrite)
-    size, on_disk = size_of(model), folder_bytes(args.output)
+
+    def saved_bytes() -> int:
+        checkpoint.save(model, args.output, tokenizer, args.overwrite)
+        return folder_bytes(args.output)
+
+    size, on_disk = size_of(model), parallel.first(saved_bytes)
     result = {
         "model": args.model,
         "output": args.output,

@@ -12,6 +12,7 @@ gains of norms; values as their linear writes them.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lowbit import parallel
 from lowbit.models import Adapter
 from lowbit.models.spaces import Space
 from lowbit.streams import Stream, check_finite
@@ -119,12 +121,23 @@ def _activations(
         for rotation in wanted:
             space = adapter.spaces[rotation.space]
             places = _places(adapter, space)
-            x = torch.cat([_in_space(block, name, space, stream) for name in places])
-            check_finite(x, f"in {rotation.space} of block {index}")
-            chosen = torch.randperm(len(x), generator=generator)[:rows]
-            found[rotation.space].append(x[chosen.to(x.device)])
+            x = torch.stack([_in_space(block, name, space, stream) for name in places])
+            check_finite(f"in {rotation.space} of block {index}", x)
+            found[rotation.space].append(_chosen(x, stream.windows, rows, generator))
         stream.advance(block)
     return found
+
+
+def _chosen(x: Tensor, windows: int, rows: int, generator: torch.Generator) -> Tensor:
+    """Random rows [n, dim] of x [places, windows, rows, dim], of which a process has its windows:
+    all come to the same."""
+    shape = (len(x), windows, x.shape[2])
+    chosen = torch.randperm(math.prod(shape), generator=generator)[:rows]
+    place, window, row = (part.to(x.device) for part in torch.unravel_index(chosen, shape))
+    mine, window = parallel.among_own(window)
+    found = x.new_zeros(len(chosen), x.shape[-1])
+    found[mine] = x[place[mine], window, row[mine]]
+    return parallel.sum_(found)
 
 
 def _places(adapter: Adapter, space: Space) -> list[str]:
@@ -136,9 +149,11 @@ def _places(adapter: Adapter, space: Space) -> list[str]:
 
 
 def _in_space(block: nn.Module, name: str, space: Space, stream: Stream) -> Tensor:
-    """[rows, dim]: what the linear `name` reads or, in a space inside the block, writes."""
+    """[windows, rows, dim]: what the linear `name` reads or, in a space inside the block, writes;
+    of this process's windows."""
     parts = list(stream.inputs(block, name))
     if not space.embedding:
         linear = block.get_submodule(name)
         parts = [linear(x) for x in parts]
-    return torch.cat(parts).unflatten(-1, (-1, space.dim)).flatten(0, -2)
+    x = torch.cat(parts).unflatten(-1, (-1, space.dim))  # [tokens, heads, dim]
+    return x.unflatten(0, (-1, stream.length)).flatten(1, 2)

@@ -145,9 +145,7 @@ class Executor:
             targets.append([entering.forward(block, hidden) for hidden in inputs])
         self.full.advance(block)
         targets.append(list(self.full.hidden))
-        for pieces in targets:
-            for piece in pieces:
-                check_finite(piece, f"entering block {index}")
+        check_finite(f"entering block {index}", *(piece for pieces in targets for piece in pieces))
         return BlockProblem(
             block,
             self.adapter.linears,
@@ -200,7 +198,7 @@ class Executor:
         stream = self.rounded if "rounded" in self.rounder.streams else self.full
         full = None if original is None else self.full.inputs(original, name)
         statistics = statistics_of(stream.inputs(block, name), full)
-        check_finite(statistics.hessian, f"entering block {index}")
+        check_finite(f"entering block {index}", statistics.hessian)
         return statistics
 
     def _round_linear(

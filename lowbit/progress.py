@@ -5,7 +5,8 @@
     learned.pt      rotations that were learned, and the report of it
     block-0000.pt   a block that is done, and each after it (lowbit/finished.py)
 
-Each file is whole or not there: it is written beside, then renamed.
+Each file is whole or not there: it is written beside, then renamed. The first process reads and
+writes; it tells the others.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit import parallel
 from lowbit.errors import InputError
 
 FIT_FILE = "fit.json"
@@ -34,11 +36,21 @@ class Progress:
         self.folder = None if folder is None else Path(folder).expanduser()
         self.of = of
         if self.folder is not None:
-            self._check()
+            parallel.first(self._check)
 
     def load(self, name: str) -> dict | None:
         """The state that was saved last under this name, on the CPU; None where there is none."""
-        if self.folder is None or not self._file(name).exists():
+        if self.folder is None:
+            return None
+        return parallel.first(lambda: self._read(name))
+
+    def save(self, name: str, state: dict):
+        """state  tensors, numbers, strings and None, in dicts and lists"""
+        if self.folder is not None:
+            parallel.first(lambda: self._write(name, state))
+
+    def _read(self, name: str) -> dict | None:
+        if not self._file(name).exists():
             return None
         try:
             return torch.load(self._file(name), weights_only=True, map_location="cpu")
@@ -47,15 +59,12 @@ class Progress:
                 f"resume: {str(self._file(name))!r} holds no saved fit: {error}"
             ) from error
 
-    def save(self, name: str, state: dict):
-        """state  tensors, numbers, strings and None, in dicts and lists"""
-        if self.folder is None:
-            return
+    def _write(self, name: str, state: dict):
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / FIT_FILE).exists():
             text = json.dumps(self.of, indent=2) + "\n"
-            _write(self.folder / FIT_FILE, lambda file: file.write_text(text))
-        _write(self._file(name), lambda file: torch.save(state, file))
+            _replace(self.folder / FIT_FILE, lambda file: file.write_text(text))
+        _replace(self._file(name), lambda file: torch.save(state, file))
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.pt"
@@ -82,7 +91,7 @@ class Progress:
             )
 
 
-def _write(target: Path, write: Callable[[Path], object]):
+def _replace(target: Path, write: Callable[[Path], object]):
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     write(beside)
     os.replace(beside, target)

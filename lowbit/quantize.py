@@ -8,7 +8,7 @@ largest linear takes. That is less than the model in bf16, one block in fp32 and
 (docs/notes/0001, "Memory"); a method that learns a whole block takes several times that block more
 (lowbit/rounding/block.py), and where rotations are learned the model is whole, and a copy of it in
 fp32 beside it (lowbit/training.py). A model object is whole from the start; its blocks shrink in
-turn.
+turn. Several processes share the calibration windows (lowbit/parallel.py); each has all the rest.
 """
 
 import sys
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowbit import parallel
 from lowbit.config import LowbitConfig
 from lowbit.doctor import installed_version
 from lowbit.errors import InputError
@@ -183,7 +184,7 @@ def _learned(
 
 
 def _teller(bar: tqdm) -> Callable[[str], None]:
-    return lambda message: bar.write(message, file=sys.stderr)
+    return parallel.by_first(lambda message: bar.write(message, file=sys.stderr))
 
 
 def _useful(transforms: tuple, adapter: Adapter, format: QuantFormat) -> tuple:

@@ -4,6 +4,8 @@ Two of them, each kept only for who needs it, both fp32 and in the same batches:
 
     rounded  from the blocks before as they were rounded: what the block will meet when it runs
     full     from the blocks before in full precision: what it would have met
+
+Where several processes calibrate, each has a share of the windows (lowbit/parallel.py).
 """
 
 import contextlib
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from lowbit import parallel
 from lowbit.errors import InputError
 from lowbit.models import Adapter
 
@@ -26,12 +29,16 @@ class _StopForward(Exception):
 
 
 class Stream:
-    """Activations entering the current block, a list of fp32 [batch, length, hidden]."""
+    """Activations entering the current block, a list of fp32 [batch, length, hidden]: this
+    process's of the windows, int64 [samples, length]."""
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter, windows: Tensor):
+        parallel.check_windows(len(windows))
         embed = model.get_input_embeddings()
-        batch = max(1, TOKENS_AT_ONCE // windows.shape[1])
-        self.hidden = [embed(part).float() for part in windows.to(model.device).split(batch)]
+        self.windows, self.length = windows.shape
+        self.batch = max(1, TOKENS_AT_ONCE // self.length)
+        own = windows[parallel.own()].to(model.device)
+        self.hidden = [embed(part).float() for part in own.split(self.batch)]
         positions = torch.arange(windows.shape[1], device=model.device)[None]
         rotary = model.get_submodule(adapter.rotary_path)
         self._call = {
@@ -45,9 +52,23 @@ class Stream:
         other.hidden = list(self.hidden)
         return other
 
+    def head(self, tokens: int) -> "Stream":
+        """Of the first windows, at least so many tokens in whole batches; all where there are
+        fewer. A process may have none of them."""
+        batches = -(-tokens // (self.batch * self.length))
+        left = len(range(min(self.windows, batches * self.batch))[parallel.own()])
+        other = copy.copy(self)
+        other.hidden = []
+        for piece in self.hidden:
+            if left > 0:
+                other.hidden.append(piece[:left])
+                left -= len(piece)
+        return other
+
     @property
     def tokens(self) -> int:
-        return sum(h.shape[0] * h.shape[1] for h in self.hidden)
+        """Of all processes."""
+        return self.windows * self.length
 
     def forward(
         self, block: nn.Module, hidden: Tensor, tensors: dict[str, Tensor] | None = None
@@ -83,7 +104,8 @@ class Stream:
             self.hidden[i] = self.forward(block, hidden)
 
 
-def check_finite(statistics: Tensor, where: str):
-    """Refuse statistics that calibration activations made NaN or inf."""
-    if not statistics.isfinite().all():
+def check_finite(where: str, *statistics: Tensor):
+    """Refuse what calibration activations made NaN or inf in any process: all of them raise."""
+    finite = all(bool(tensor.isfinite().all()) for tensor in statistics)
+    if parallel.total(not finite):
         raise InputError(f"calibration activations must be finite, got NaN or inf {where}")

@@ -4,7 +4,8 @@ SpinQuant (Liu et al. 2024, arXiv 2405.16406, section 3), and DuaRot's parameter
 from the papers. A copy of the model, in fp32, has its norms folded and its fixed rotations fused;
 learned ones multiply its weights in every forward, so that their gradient is that of the loss.
 Quantizers are straight-through. Memory: the model in fp32, its rotated weights, and the activations
-of TOKENS_AT_ONCE tokens; a model is whole in memory here, unlike in the executor.
+of TOKENS_AT_ONCE tokens; a model is whole in memory here, unlike in the executor. Several processes
+share the sequences of a batch.
 """
 
 import copy
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lowbit import parallel
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, QuantFormat
 from lowbit.progress import Progress
@@ -92,13 +94,16 @@ def learn_rotations(
             optimizer.zero_grad()
             total = 0.0
             taken = torch.arange(step * training.batch, (step + 1) * training.batch)
-            for rows in windows[taken % len(windows)].split(at_once):
+            for rows in windows[taken[parallel.own()] % len(windows)].split(at_once):
                 rows = rows.to(model.device)
                 with torch.autocast(rows.device.type, torch.bfloat16, training.autocast):
                     loss = twin(rows, labels=rows, use_cache=False).loss
                 loss = loss * len(rows) / training.batch
                 loss.backward()
                 total += loss.item()
+            total = parallel.total(total)
+            for parameter in parameters:
+                parallel.gradient(parameter)
             if not math.isfinite(total):
                 raise InputError(
                     f"the loss must be finite, got {total} at step {step}: lower training.lr"

@@ -6,6 +6,9 @@ x enters the block, y is what the block made of it in full precision. Of the sam
 at a time; where the format quantizes activations, hooks quantize what the linears read, straight
 through for gradients. The KV cache is not quantized here.
 
+Where several processes calibrate, each has its share of the samples; batches, losses and gradients
+are those of all.
+
 Whatever was learned is compared over all samples with rounding to nearest: the better one is kept.
 
 Memory, beyond what calibration holds already: 9 times the block's linear weights in fp32 where
@@ -18,6 +21,7 @@ attention may add in any order.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lowbit import parallel
 from lowbit.formats import IntFormat, PackedTensor
 from lowbit.models.spaces import Space
 from lowbit.ops import dequantize
@@ -44,7 +49,8 @@ class BlockProblem:
     format   of their weights
     spaces   of the block, whose channels were scaled
     run      (hidden, tensors) -> the block's output, `tensors` in place of its own of these names
-    inputs   pieces fp32 [samples, length, hidden], all but the last of the same size
+    inputs   pieces fp32 [samples, length, hidden], all but the last of the same size: of the
+             samples of this process
     targets  each the pieces of an output that is wanted
     """
 
@@ -56,8 +62,13 @@ class BlockProblem:
     inputs: list[Tensor]
     targets: list[list[Tensor]]
 
-    @property
+    @cached_property
     def samples(self) -> int:
+        """Of all processes."""
+        return int(parallel.total(self._own_samples))
+
+    @property
+    def _own_samples(self) -> int:
         return sum(len(piece) for piece in self.inputs)
 
     @property
@@ -66,7 +77,7 @@ class BlockProblem:
         return len(self.inputs[0])
 
     def errors(self, tensors: Tensors, samples: Tensor) -> Tensor:
-        """Squared errors [n] of these samples, int64 [n]."""
+        """Squared errors [n] of these of this process's samples, int64 [n]."""
         output = self.run(self._pick(self.inputs, samples), tensors)
         wanted = (self._pick(pieces, samples) for pieces in self.targets)
         return sum((output - y).square().sum((1, 2)) for y in wanted)
@@ -74,12 +85,15 @@ class BlockProblem:
     @torch.no_grad()
     def all_errors(self, tensors: Tensors) -> Tensor:
         """Squared errors of all samples, fp64 on the CPU."""
-        parts = torch.arange(self.samples).split(self.piece)
-        return torch.cat([self.errors(tensors, part).double().cpu() for part in parts])
+        parts = torch.arange(self._own_samples).split(self.piece)
+        errors = torch.zeros(self.samples, dtype=torch.float64)
+        errors[parallel.own()] = torch.cat([self.errors(tensors, p).double().cpu() for p in parts])
+        return parallel.sum_(errors)
 
     def power(self) -> float:
         """What errors are relative to: the sum of squares of the targets."""
-        return sum(y.square().sum().item() for pieces in self.targets for y in pieces)
+        own = sum(y.square().sum().item() for pieces in self.targets for y in pieces)
+        return parallel.total(own)
 
     def _pick(self, pieces: list[Tensor], samples: Tensor) -> Tensor:
         places = (divmod(i, self.piece) for i in samples.tolist())
@@ -247,11 +261,12 @@ def descent(
     """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     total = 0.0
-    for part in samples.split(problem.piece):
+    _, own = parallel.among_own(samples)
+    for part in own.split(problem.piece) if len(own) else ():
         error = problem.errors(leaves, part).sum()
         (error / unit).backward()
         total += error.item()
-    return total, [leaf.grad for leaf in leaves.values()]
+    return parallel.total(total), [parallel.gradient(leaf) for leaf in leaves.values()]
 
 
 def batches(count: int, batch: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:

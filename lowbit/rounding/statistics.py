@@ -1,10 +1,15 @@
-"""What a rounder may know of the inputs of a linear, summed over n calibration tokens."""
+"""What a rounder may know of the inputs of a linear, summed over n calibration tokens.
+
+They are those of all processes that calibrate (lowbit/parallel.py).
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lowbit import parallel
 
 
 class Statistics(NamedTuple):
@@ -31,9 +36,10 @@ def statistics_of(inputs: Iterable[Tensor], full: Iterable[Tensor] | None = None
         hessian.addmm_(x.T, x)
         if drift is not None:
             drift.addmm_((x_full - x).T, x)
+    count = parallel.total(count)
     if drift is not None:
-        drift.mul_(2 / count)
-    return Statistics(hessian.mul_(2 / count), drift)
+        drift = parallel.sum_(drift).mul_(2 / count)
+    return Statistics(parallel.sum_(hessian).mul_(2 / count), drift)
 
 
 def quadratic_error(error: Tensor, hessian: Tensor) -> float:

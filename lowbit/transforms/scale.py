@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowbit import parallel
 from lowbit.formats import IntFormat, QuantFormat
 from lowbit.models.spaces import Space
 from lowbit.rounding.grid import fake_quantize, on_grid, weight_grid
@@ -92,10 +93,9 @@ class Scale:
         report = {}
         if len(candidates) > 1:
             trial = _Trial(block, space, stream, format, clip, self.fit.tokens)
-            errors = [trial.error(scale) for scale in candidates]
-            errors = torch.tensor(errors, dtype=torch.float64).nan_to_num(torch.inf)
+            errors = trial.errors(candidates).nan_to_num(torch.inf)
             best = int(errors.argmin())
-            check_finite(errors[best], f"written by {space.judge}")
+            check_finite(f"written by {space.judge}", errors[best])
             report = {"candidate": best, "error": errors[best].item()}
             candidates = [candidates[best]]
         scale = candidates[0].clamp(min=LEAST)
@@ -113,7 +113,8 @@ def channels_of(block: nn.Module, space: Space, stream: Stream) -> Channels:
         x = x.abs()
         largest = torch.maximum(x.amax(0), torch.as_tensor(largest, device=x.device))
         total = total + x.sum(0)
-    check_finite(total, f"read by {space.readers[0]}")
+    largest, total = parallel.max_(largest), parallel.sum_(total)
+    check_finite(f"read by {space.readers[0]}", total)
     mean = total / stream.tokens
     weights = [block.get_submodule(name).weight.abs().amax(0) for name in space.readers]
     weight = torch.stack(weights).amax(0)
@@ -141,23 +142,24 @@ class _Trial:
         self.space, self.format, self.clip = space, format, clip
         self.judge = block.get_submodule(space.judge)
         self.readers = [block.get_submodule(name) for name in space.readers]
-        self.calls, seen = [], 0
-        for call in stream.entering(block, space.judge):
-            self.calls.append(call)
-            seen += stream.hidden[0].shape[0] * stream.hidden[0].shape[1]
-            if seen >= tokens:
-                break
+        self.calls = list(stream.head(tokens).entering(block, space.judge))
         self.expected = [self._output(call) for call in self.calls]
-        self.power = sum(y.double().square().sum().item() for y in self.expected)
+        power = sum(y.double().square().sum().item() for y in self.expected)
+        self.power = parallel.total(power)
 
     def _output(self, call: tuple[tuple, dict]) -> Tensor:
         args, kwargs = call
         output = self.judge(*args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
+    def errors(self, scales: list[Tensor]) -> Tensor:
+        """Relative squared error with each of the scales [dim * inner], fp64."""
+        lost = torch.tensor([self._lost(scale) for scale in scales], dtype=torch.float64)
+        return parallel.sum_(lost) / (self.power or 1.0)
+
     @torch.no_grad()
-    def error(self, scale: Tensor) -> float:
-        """Relative squared error with this scale [dim * inner]."""
+    def _lost(self, scale: Tensor) -> float:
+        """Squared error on this process's calls."""
         columns = reader_columns(scale.clamp(min=LEAST), self.space)
         kept = [reader.weight.data for reader in self.readers]
         handles = []
@@ -171,7 +173,7 @@ class _Trial:
             handle.remove()
         for reader, weight in zip(self.readers, kept, strict=True):
             reader.weight.data = weight
-        return lost / self.power if self.power else 0.0
+        return lost
 
     def _hook(self, columns: Tensor):
         def scaled(_module, args):
