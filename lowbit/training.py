@@ -16,21 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
 from lowbit import parallel
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, QuantFormat
+from lowbit.learning_attention import attend_through
 from lowbit.progress import Progress
 from lowbit.rounding.grid import on_grid, weight_grid
 from lowbit.rounding.learned import quantized_through, straight_through
 from lowbit.transforms import FittedTransforms, Rotation
 from lowbit.transforms.cayley import CayleySGD
 from lowbit.transforms.learned import LearnedRotation, Learner
+from lowbit.transforms.online import OnlineTransform
 
-IMPLEMENTATION = "lowbit_training"
 SAVE_EVERY = 10  # steps
 TOKENS_AT_ONCE = 2048  # of one forward: weights are turned anew in each
 STATE = "training"  # the name it is saved under
@@ -167,15 +166,16 @@ def _trainable(
             )
             block.set_submodule(name, linear)
         fixed.hook_online(block, index)
-        attention = block.get_submodule(adapter.attention)
-        attention.learning_kv = (format.kv, kv_clip, turns.get("query_key"), fixed.query_key)
+        turn = _turn(turns.get("query_key"), fixed.query_key, index)
+        attend_through(
+            block.get_submodule(adapter.attention), _before_attending(format.kv, kv_clip, turn)
+        )
     for space, learner in turns.items():
         ends = adapter.spaces[space]
         if ends.embedding:
             twin.get_submodule(ends.embedding).register_forward_hook(_turn_output(learner))
         if ends.head:
             twin.get_submodule(ends.head).register_forward_pre_hook(_turn_back(learner))
-    twin.set_attn_implementation(IMPLEMENTATION)
     return twin, learners
 
 
@@ -224,19 +224,21 @@ def _turn_back(learner: Learner):
     return lambda _module, args: (args[0] @ learner.matrices()[0][0].T, *args[1:])
 
 
-def _attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
-    """transformers' sdpa over straight-through quantized K and V [B, heads, length, D]."""
-    kv, clip, learner, transform = module.learning_kv
-    if kv is not None:
-        if learner is not None:
-            index = module.layer_idx
-            query, key = learner.turn(query, index), learner.turn(key, index)
-        elif transform is not None:
-            rotation = Rotation("query_key", transform, None)
-            query, key = rotation.apply(query), rotation.apply(key)
-        key, value = _quantized(key, kv, clip), _quantized(value, kv, clip)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+def _before_attending(kv: IntFormat | None, clip: float, turn):
+    """q and k turned alike, k and v quantized; nothing where the format keeps K and V."""
+
+    def before(query: Tensor, key: Tensor, value: Tensor):
+        if kv is None:
+            return query, key, value
+        return turn(query), _quantized(turn(key), kv, clip), _quantized(value, kv, clip)
+
+    return before
 
 
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-AttentionInterface.register(IMPLEMENTATION, _attention)
+def _turn(learner: Learner | None, rotation: OnlineTransform | None, index: int):
+    """How one block turns q and k."""
+    if learner is not None:
+        return lambda x: learner.turn(x, index)
+    if rotation is not None:
+        return Rotation("query_key", rotation, None).apply
+    return lambda x: x

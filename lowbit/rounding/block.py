@@ -123,15 +123,20 @@ class LearnedBlock(nn.Module):
     def forward(self) -> tuple[Tensors, dict[str, Simulated]]:
         """The tensors that take the place of the block's, and linear -> what it is packed from."""
         tensors = dict(self.problem.block.named_parameters())
-        changed = {}
-        for space, scale in zip(self.spaces, self.scales, strict=True):
-            changed.update(scaled_tensors({**tensors, **changed}, space, scale))
+        changed = self.transformed(tensors)
         simulated = {}
         for name, quantizer in zip(self.problem.linears, self.quantizers, strict=True):
             weight = f"{name}.weight"
             simulated[name] = quantizer(changed.get(weight, tensors[weight]))
             changed[weight] = simulated[name].values
         return changed, simulated
+
+    def transformed(self, tensors: Tensors) -> Tensors:
+        """Of the block's tensors those that change before anything is quantized."""
+        changed = {}
+        for space, scale in zip(self.spaces, self.scales, strict=True):
+            changed.update(scaled_tensors({**tensors, **changed}, space, scale))
+        return changed
 
     @torch.no_grad()
     def project(self):
@@ -196,7 +201,15 @@ class BlockRounder:
             return nearest, report
 
         learned = self.learned(problem)
-        step, stopped = self._learn(learned, rtn, generator, show)
+        count = self.steps_for(problem.samples)
+        step, stopped = learn(
+            learned,
+            *self.optimizer(learned),
+            batches(problem.samples, self.batch, count, generator),
+            rtn,
+            self.keeps_best,
+            lambda step, loss: show(f"step {step + 1} of {count}, loss {loss:.3f} of RTN's"),
+        )
         if stopped is not None:
             report["stopped"] = stopped
         if step is None:
@@ -212,43 +225,49 @@ class BlockRounder:
             name: packed_weight(s.codes, s.grid, problem.format) for name, s in simulated.items()
         }, report
 
-    @torch.enable_grad()
-    def _learn(
-        self,
-        learned: LearnedBlock,
-        rtn: Tensor,
-        generator: torch.Generator,
-        show: Callable[[str], None],
-    ) -> tuple[int | None, int | None]:
-        """Train in place; (the step whose parameters are left, the step that was not finite)."""
-        problem, parameters = learned.problem, list(learned.parameters())
-        optimizer, schedule = self.optimizer(learned)
-        kept = [p.detach().clone() for p in parameters]
-        kept_step, stopped, least = None, None, math.inf
-        steps, unit = self.steps_for(problem.samples), rtn.mean().item()
-        for step, samples in enumerate(batches(problem.samples, self.batch, steps, generator)):
-            tensors = learned()[0]
-            lost, gradients = descent(problem, tensors, samples, unit * len(samples))
-            loss = (lost / rtn[samples].sum()).item()
-            if not math.isfinite(loss):
-                stopped = step
-                break
-            show(f"step {step + 1} of {steps}, loss {loss:.3f} of RTN's")
-            if loss < least or not self.keeps_best:
-                least, kept_step = loss, step
-                for copy, p in zip(kept, parameters, strict=True):
-                    copy.copy_(p.detach())
-            optimizer.zero_grad()
-            torch.autograd.backward(list(tensors.values()), gradients)
-            del tensors, gradients  # before the next ones are made
-            optimizer.step()
-            if schedule is not None:
-                schedule.step()
-            learned.project()
-        with torch.no_grad():
+
+@torch.enable_grad()
+def learn(
+    learned: LearnedBlock,
+    optimizer: Optimizer,
+    schedule: LRScheduler | None,
+    steps: Iterator[Tensor],
+    first: Tensor,
+    keeps_best: bool,
+    show: Callable[[int, float], None],
+) -> tuple[int | None, int | None]:
+    """Train in place; (the step whose parameters are left, the step that was not finite).
+
+    steps  the samples of each
+    first  errors fp64 [samples] that losses are in units of, on the same samples
+    show   is told step and loss
+    """
+    problem, parameters = learned.problem, list(learned.parameters())
+    kept = [p.detach().clone() for p in parameters]
+    kept_step, stopped, least, unit = None, None, math.inf, first.mean().item()
+    for step, samples in enumerate(steps):
+        tensors = learned()[0]
+        lost, gradients = descent(problem, tensors, samples, unit * len(samples))
+        loss = (lost / first[samples].sum()).item()
+        if not math.isfinite(loss):
+            stopped = step
+            break
+        show(step, loss)
+        if loss < least or not keeps_best:
+            least, kept_step = loss, step
             for copy, p in zip(kept, parameters, strict=True):
-                p.copy_(copy)
-        return kept_step, stopped
+                copy.copy_(p.detach())
+        optimizer.zero_grad()
+        torch.autograd.backward(list(tensors.values()), gradients)
+        del tensors, gradients  # before the next ones are made
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        learned.project()
+    with torch.no_grad():
+        for copy, p in zip(kept, parameters, strict=True):
+            p.copy_(copy)
+    return kept_step, stopped
 
 
 def descent(

@@ -69,14 +69,19 @@ class GPTQ:
             raise InputError(f"damp must be in (0, {LARGEST_DAMP}], got {self.damp}")
 
     def round(
-        self, weight: Tensor, format: IntFormat, statistics: Statistics
+        self,
+        weight: Tensor,
+        format: IntFormat,
+        statistics: Statistics,
+        grid: WeightGrid | None = None,
     ) -> tuple[PackedTensor, dict]:
-        """weight [N, K] fp32 -> the packed weight and what happened.
+        """weight [N, K] fp32, a grid for it that is known already -> the packed weight and what
+        happened.
 
         Not positive definite (the usual remedies, in order): fp64, then damp x 10 up to 1, then
         RTN for these weights. The report says which damp was used, None for RTN.
         """
-        if format.two_level and not self.static_groups:
+        if format.two_level and not self.static_groups and grid is None:
             raise InputError("two-level scales need static_groups: their rows share a scale")
         hessian = statistics.hessian
         dead = hessian.diagonal() == 0  # inputs never seen: their weights do not matter
@@ -88,15 +93,16 @@ class GPTQ:
             order = diagonal.argsort(descending=True, stable=True)
         upper, damp = self._inverse_factor(hessian[order][:, order], diagonal[order])
         if upper is None:
-            packed, _ = RTN(self.clip).round(weight, format, statistics)
+            packed, _ = RTN(self.clip).round(weight, format, statistics, grid)
             return packed, {"damp": None}
 
         left, first = self._start(weight, upper, statistics, order)
-        if self.static_groups:
+        if grid is None and self.static_groups:
             grid = weight_grid(weight, format, self.clip, hessian)
-            grids = _StaticGrids(grid, order, format)
-        else:
+        if grid is None:
             grids = _GridsAsTheyCome(weight.shape, format, self.clip, hessian)
+        else:
+            grids = _StaticGrids(grid, order, format)
         codes = torch.empty_like(weight)
         codes[:, order] = _sweep(left, first, upper, grids, format)
         return packed_weight(codes, grids.grid, format), {"damp": damp}

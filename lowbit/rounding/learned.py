@@ -13,10 +13,13 @@ without it, and zero for an offset whose code is clamped.
 from dataclasses import replace
 from typing import NamedTuple
 
-from torch import Tensor, stack
+from torch import Tensor, nn, stack
 
 from lowbit.formats import IntFormat
 from lowbit.rounding.grid import WeightGrid, fake_quantize, weight_grid
+
+
+FIRST_LOGIT = 4.0  # of a share that is learned: sigmoid(4) = 0.982, nearly the whole range
 
 
 class Simulated(NamedTuple):
@@ -37,6 +40,14 @@ def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
 def quantized_through(x: Tensor, format: IntFormat, clip: float) -> Tensor:
     """x as a dynamic quantizer makes it, with the gradient of x."""
     return straight_through(fake_quantize(x.detach(), format, clip), x)
+
+
+def clipped_through(x: Tensor, format: IntFormat, clip: Tensor) -> Tensor:
+    """x [..., K] as a dynamic quantizer makes it, with gradients of x and of the clip ratio []."""
+    rows = x.flatten(0, -2)
+    share = clip.expand(len(rows), format.num_groups(rows.shape[1]))
+    low = None if format.symmetric else share
+    return simulate(rows, format, share, low).values.view(x.shape)
 
 
 def simulate(
@@ -85,3 +96,21 @@ def _grid_of_ends(ends: Tensor, format: IntFormat) -> WeightGrid:
     if format.group_size is not None:
         format = replace(format, group_size=1 if format.symmetric else 2)
     return weight_grid(ends, format)
+
+
+class Clipping(nn.Module):
+    """Logits [N, G] of the shares of the ranges of a weight [N, K]."""
+
+    def __init__(self, weight: Tensor, format: IntFormat):
+        super().__init__()
+        self.format = format
+        groups = (len(weight), format.num_groups(weight.shape[1]))
+        self.high = nn.Parameter(weight.new_full(groups, FIRST_LOGIT))
+        self.low = None if format.symmetric else nn.Parameter(self.high.detach().clone())
+
+    def forward(self, weight: Tensor) -> Simulated:
+        low = None if self.low is None else self.low.sigmoid()
+        return simulate(weight, self.format, self.high.sigmoid(), low)
+
+    def project(self):
+        """Logits may be anything."""

@@ -14,15 +14,11 @@ inputs of attention's own products; shifts, which need biases that RMSNorm model
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from lowbit.errors import InputError
-from lowbit.formats import IntFormat
 from lowbit.rounding.autoround import check_count, check_rate
 from lowbit.rounding.block import BlockProblem, BlockRounder, LearnedBlock
-from lowbit.rounding.learned import Simulated, simulate
-
-FIRST_LOGIT = 4.0  # sigmoid(4) = 0.982: nearly the whole range
+from lowbit.rounding.learned import Clipping
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class OmniQuant(BlockRounder):
             raise InputError("learn_scales needs a recipe that scales, got one without Scale")
         weights = (problem.block.get_submodule(name).weight for name in problem.linears)
         spaces = problem.spaces if self.learn_scales else ()
-        return LearnedBlock(problem, [_Clipping(w, problem.format) for w in weights], spaces)
+        return LearnedBlock(problem, [Clipping(w, problem.format) for w in weights], spaces)
 
     def optimizer(self, learned: LearnedBlock) -> tuple[torch.optim.Optimizer, None]:
         groups = [{"params": list(learned.quantizers.parameters()), "lr": self.learning_rate}]
@@ -67,21 +63,3 @@ class OmniQuant(BlockRounder):
 
     def steps_for(self, samples: int) -> int:
         return self.epochs * max(1, samples // self.batch)
-
-
-class _Clipping(nn.Module):
-    """Logits [N, G] of the shares of ranges of one linear."""
-
-    def __init__(self, weight: Tensor, format: IntFormat):
-        super().__init__()
-        self.format = format
-        groups = (len(weight), format.num_groups(weight.shape[1]))
-        self.high = nn.Parameter(weight.new_full(groups, FIRST_LOGIT))
-        self.low = None if format.symmetric else nn.Parameter(self.high.detach().clone())
-
-    def forward(self, weight: Tensor) -> Simulated:
-        low = None if self.low is None else self.low.sigmoid()
-        return simulate(weight, self.format, self.high.sigmoid(), low)
-
-    def project(self):
-        """Logits may be anything."""

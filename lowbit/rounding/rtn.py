@@ -34,10 +34,16 @@ class RTN:
         return ("full",) if self.clip.startswith("output") else ()
 
     def round(
-        self, weight: Tensor, format: IntFormat, statistics: Statistics | None = None
+        self,
+        weight: Tensor,
+        format: IntFormat,
+        statistics: Statistics | None = None,
+        grid: WeightGrid | None = None,
     ) -> tuple[PackedTensor, dict]:
-        """weight [N, K] fp32 -> the packed weight and an empty report."""
-        hessian = None if statistics is None else statistics.hessian
-        grid = weight_grid(weight, format, self.clip, hessian)
+        """weight [N, K] fp32, a grid for it that is known already -> the packed weight and an empty
+        report."""
+        if grid is None:
+            hessian = None if statistics is None else statistics.hessian
+            grid = weight_grid(weight, format, self.clip, hessian)
         codes = codes_on_grid(weight, grid.step, grid.zero_point, format)
         return packed_weight(codes, grid, format), {}
