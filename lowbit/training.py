@@ -3,9 +3,10 @@
 SpinQuant (Liu et al. 2024, arXiv 2405.16406, section 3), and DuaRot's parameters with it. Written
 from the papers. A copy of the model, in fp32, has its norms folded and its fixed rotations fused;
 learned ones multiply its weights in every forward, so that their gradient is that of the loss.
-Quantizers are straight-through. Memory: the model in fp32, its rotated weights, and the activations
-of TOKENS_AT_ONCE tokens; a model is whole in memory here, unlike in the executor. Several processes
-share the sequences of a batch.
+Quantizers are straight-through where they round; the gradient follows the ranges they take, so that
+what makes rows flatter is learned too. Memory: the model in fp32, its rotated weights, and the
+activations of TOKENS_AT_ONCE tokens; a model is whole in memory here, unlike in the executor.
+Several processes share the sequences of a batch.
 """
 
 import copy
@@ -23,14 +24,14 @@ from lowbit.errors import InputError
 from lowbit.formats import IntFormat, QuantFormat
 from lowbit.learning_attention import attend_through
 from lowbit.progress import Progress
-from lowbit.rounding.grid import on_grid, weight_grid
-from lowbit.rounding.learned import quantized_through, straight_through
+from lowbit.rounding.grid import check_clip, weight_grid
+from lowbit.rounding.learned import clipped_through, simulate
 from lowbit.transforms import FittedTransforms, Rotation
 from lowbit.transforms.cayley import CayleySGD
 from lowbit.transforms.learned import LearnedRotation, Learner
 from lowbit.transforms.online import OnlineTransform
 
-SAVE_EVERY = 10  # steps
+SAVE_EVERY = 10  # steps; as often ranges of weights are searched for anew
 TOKENS_AT_ONCE = 2048  # of one forward: weights are turned anew in each
 STATE = "training"  # the name it is saved under
 
@@ -39,18 +40,25 @@ STATE = "training"  # the name it is saved under
 class Training:
     """steps x batch sequences of `length` tokens, each step a step of CayleySGD; lr to 0 by cosine.
 
-    weights   quantized in the loop too, to the nearest of the whole range: for weights that will be
-              rounded to nearest; GPTQ's are learned around better with full-precision ones
+    weights   how ranges of weights that are quantized in the loop too are clipped, one of
+              lowbit/rounding/grid.py: for weights that will be rounded to nearest, and then in the
+              same way. None, full precision, is better for GPTQ's
     autocast  products in bf16, as published: several times as fast on tensor cores, and on CPUs
-              that have such units; rotations and what is made of them stay fp32
+              that have such units
     """
 
     steps: int = 100
     batch: int = 8
     length: int = 2048
     lr: float = 1.5
-    weights: bool = False
+    weights: str | None = None
     autocast: bool = True
+
+    def __post_init__(self):
+        if self.weights is not None:
+            check_clip(self.weights)
+            if self.weights.startswith("output"):
+                raise InputError(f"weights: no clip by output in the loop, got {self.weights!r}")
 
     @property
     def samples(self) -> int:
@@ -91,6 +99,8 @@ def learn_rotations(
         for step in bar:
             optimizer.param_groups[0]["lr"] = training.lr_at(step)
             optimizer.zero_grad()
+            if step % SAVE_EVERY == 0:
+                _forget_ranges(twin)
             total = 0.0
             taken = torch.arange(step * training.batch, (step + 1) * training.batch)
             for rows in windows[taken[parallel.own()] % len(windows)].split(at_once):
@@ -162,7 +172,7 @@ def _trainable(
                 index=index,
                 online=[turns[s] for s in reads if not adapter.spaces[s].writers],
                 activation=(format.activation, activation_clip),
-                weight=format.weight if training.weights else None,
+                weight=(format.weight, training.weights),
             )
             block.set_submodule(name, linear)
         fixed.hook_online(block, index)
@@ -180,11 +190,14 @@ def _trainable(
 
 
 def _quantized(x: Tensor, format: IntFormat | None, clip: float) -> Tensor:
-    return x if format is None else quantized_through(x, format, clip)
+    return x if format is None else clipped_through(x.float(), format, x.new_full((), clip))
 
 
 class _LearningLinear(nn.Module):
-    """A linear whose weight is turned by the learners of the spaces it reads and writes."""
+    """A linear whose weight is turned by the learners of the spaces it reads and writes.
+
+    share  [N, G] of the whole ranges of the turned weight, to which they are clipped; None: unknown
+    """
 
     def __init__(self, linear: nn.Linear, reads, writes, index: int, online, activation, weight):
         super().__init__()
@@ -193,7 +206,8 @@ class _LearningLinear(nn.Module):
         # in a tuple: they belong to the optimizer, not to this module
         self.learners = (tuple(reads), tuple(writes), tuple(online))
         self.index = index
-        self.activation, self.weight_format = activation, weight
+        self.activation, self.weight_quantizer = activation, weight
+        self.share: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
@@ -203,17 +217,25 @@ class _LearningLinear(nn.Module):
         for learner in writes:
             weight = learner.turn(weight.T, self.index).T
             bias = None if bias is None else learner.turn(bias[None], self.index)[0]
-        if self.weight_format is not None:
-            weight = _rounded(weight, self.weight_format)
+        format, clip = self.weight_quantizer
+        if clip is not None:
+            weight = self._rounded(weight.float(), format, clip)
         for learner in online:
             x = learner.turn(x, self.index)
         return F.linear(_quantized(x, *self.activation), weight, bias)
 
+    def _rounded(self, weight: Tensor, format: IntFormat, clip: str) -> Tensor:
+        if self.share is None:
+            exact = weight.detach()
+            self.share = weight_grid(exact, format, clip).step / weight_grid(exact, format).step
+        low = None if format.symmetric else self.share
+        return simulate(weight, format, self.share, low).values
 
-def _rounded(weight: Tensor, format: IntFormat) -> Tensor:
-    exact = weight.detach()
-    grid = weight_grid(exact, format)
-    return straight_through(on_grid(exact, grid.step, grid.zero_point, format), weight)
+
+def _forget_ranges(twin: nn.Module):
+    for module in twin.modules():
+        if isinstance(module, _LearningLinear):
+            module.share = None
 
 
 def _turn_output(learner: Learner):

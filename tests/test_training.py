@@ -15,6 +15,7 @@ from lowbit.models import adapter_for
 from lowbit.nn.online_map import OnlineMap
 from lowbit.progress import Progress
 from lowbit.recipes import overridden, recipe_named
+from lowbit.rounding import RTN
 from lowbit.rounding.grid import fake_quantize
 from lowbit.training import Training, _quantized, _trainable, learn_rotations
 from lowbit.transforms import FoldNorms, LearnedRotation, LearnRotation, Rotate, fit
@@ -64,12 +65,30 @@ def test_cayley_sgd_finds_a_rotation():
     assert (learner - turn).abs().max() < 1e-3 and is_orthogonal(learner.detach(), 1e-5)
 
 
-def test_straight_through_has_the_gradient_of_its_input():
-    x = torch.randn(4, 16, requires_grad=True)
-    y = _quantized(x, QuantFormat.parse("w4a4").activation, 0.9)
-    assert not torch.equal(y, x)
-    y.sum().backward()
-    assert torch.equal(x.grad, torch.ones_like(x))
+@pytest.mark.parametrize("format", ["w4a4", "w4a4-aasym"])
+def test_the_gradient_follows_the_range_that_a_quantizer_takes(format):
+    """Of c x a quantizer makes c times what it makes of x: so the gradient along x is known."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 16, generator=generator, dtype=torch.float32, requires_grad=True)
+    weights = torch.randn(4, 16, generator=generator)
+    activation = QuantFormat.parse(format).activation
+    y = _quantized(x, activation, 0.9)
+    assert torch.equal(y, fake_quantize(x, activation, 0.9)) and not torch.equal(y, x)
+    (y * weights).sum().backward()
+    torch.testing.assert_close((x.grad * x).sum(1), (y * weights).sum(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("clip", ["none", "weight"])
+def test_weights_in_the_loop_are_those_that_will_be_rounded(clip):
+    """A twin that has not learned anything yet has the logits of the model rounded to nearest."""
+    still = replace(SHORT, steps=1, lr=1e-9, weights=clip, autocast=False)
+    recipe = replace(recipe_named("spinquant-rtn"), rounding=RTN(clip), training=still)
+    model, format = tiny_llama(), QuantFormat(QuantFormat.parse("w4a16").weight)
+    fitted = fit(recipe.transforms, adapter_for(model.config), 0)
+    twin, _ = _trainable(model, fitted, list(fitted.learned.values()), still, format, (1.0, 1.0))
+    got, tokens = twin(tiny_tokens()).logits, tiny_tokens(4, 24)
+    expected = lowbit.quantize(model, recipe, format, tokens, progress=False)(tiny_tokens()).logits
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("local, hidden", [(None, Rotate), (16, LearnRotation)])

@@ -36,6 +36,6 @@ DUAROT_RTN = Recipe(
     source="DuaRot, ICLR 2025 submission (its RTN rows)",
     rounding=RTN(clip="weight"),
     transforms=ROTATIONS,
-    training=Training(weights=True),
+    training=Training(weights="weight"),
     reproduces=(("000", "DuaRot", "RTN"),),
 )

@@ -31,7 +31,7 @@ SPINQUANT_RTN = Recipe(
     source="Liu et al. 2024, arXiv 2405.16406 (its starred rows)",
     rounding=RTN(clip="weight"),
     transforms=LEARNED + ONLINE,
-    training=Training(weights=True),
+    training=Training(weights="weight"),
     reproduces=(("000", "SpinQuant", "RTN"), ("001", "SpinQuant*"), ("002", "SpinQuant*")),
 )
 

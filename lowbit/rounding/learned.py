@@ -18,7 +18,6 @@ from torch import Tensor, nn, stack
 from lowbit.formats import IntFormat
 from lowbit.rounding.grid import WeightGrid, fake_quantize, weight_grid
 
-
 FIRST_LOGIT = 4.0  # of a share that is learned: sigmoid(4) = 0.982, nearly the whole range
 
 
