@@ -147,7 +147,7 @@ def _cuda() -> dict:
     return {
         "why_not": why_not,
         "built_for": torch.version.cuda,
-        "driver": _driver(),
+        "driver": driver_version(),
         "nvcc": shutil.which("nvcc"),
         "devices": devices,
     }
@@ -190,7 +190,7 @@ def _kernels() -> list[dict]:
     return kernels
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None

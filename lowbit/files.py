@@ -1,14 +1,22 @@
-"""Writing a folder so that nothing is lost: beside the target first, then renamed into place."""
+"""Writing so that nothing is lost: beside the target first, then renamed into place."""
 
 import contextlib
+import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lowbit.errors import InputError
 
 CONFIG_FILE = "config.json"  # what makes a folder a model folder
+
+
+def write_whole(target: Path, write: Callable[[Path], object]):
+    """A file, by write(path): it is whole at `target`, or what was there before is."""
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    write(beside)
+    os.replace(beside, target)
 
 
 def check_target(path: str | Path, overwrite: bool = False) -> Path:

@@ -11,9 +11,8 @@ writes; it tells the others.
 
 import hashlib
 import json
-import os
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from lowbit import parallel
 from lowbit.errors import InputError
+from lowbit.files import write_whole
 
 FIT_FILE = "fit.json"
 
@@ -63,8 +63,8 @@ class Progress:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / FIT_FILE).exists():
             text = json.dumps(self.of, indent=2) + "\n"
-            _replace(self.folder / FIT_FILE, lambda file: file.write_text(text))
-        _replace(self._file(name), lambda file: torch.save(state, file))
+            write_whole(self.folder / FIT_FILE, lambda file: file.write_text(text))
+        write_whole(self._file(name), lambda file: torch.save(state, file))
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.pt"
@@ -89,12 +89,6 @@ class Progress:
                 f"resume: the fit saved in {str(self.folder)!r} is another, of "
                 f"{', '.join(differs)}: take another folder, or delete this one"
             )
-
-
-def _replace(target: Path, write: Callable[[Path], object]):
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    write(beside)
-    os.replace(beside, target)
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -41,6 +41,7 @@ from lowbit.transforms import (
     Rotate,
     fit,
 )
+from lowbit.transforms.cost import costs_on
 
 ROWS_AT_ONCE = 1024  # of a weight that is checked: it may not fit a second time
 
@@ -86,11 +87,14 @@ def quantize(
     windows = texts = None
     if needed_streams(recipe, format):
         windows = _windows(calibration, tokenizer, recipe.calibration, seed)
-    fitted = fit(_useful(recipe.transforms, adapter, format), adapter, seed)
+    transforms = _useful(recipe.transforms, adapter, format)
+    fitted = fit(transforms, adapter, seed, costs_on(model.device))
     if fitted.learned:
         spec = Calibration(recipe.training.samples, recipe.training.length)
         texts = _windows(calibration, tokenizer, spec, seed)
-    of = {} if resume is None else _fit_of(recipe, format, seed, (windows, texts), model, stored)
+    of = {}
+    if resume is not None:
+        of = _fit_of(recipe, fitted, format, seed, (windows, texts), model, stored)
     saved = Progress(resume, of)
 
     learned = {}
@@ -134,6 +138,7 @@ def quantize(
 
 def _fit_of(
     recipe: Recipe,
+    fitted: FittedTransforms,
     format: QuantFormat,
     seed: int,
     windows: tuple[Tensor | None, ...],
@@ -149,6 +154,7 @@ def _fit_of(
         "recipe": recipe.name,
         "parts": " ".join(type(part).__name__ for part in parts),
         **{name: str(value) for name, value in settings_of(recipe).items()},
+        "transforms": ", ".join(fitted.report()),
         "format": format.name,
         "seed": str(seed),
         "windows": fingerprint(w for w in windows if w is not None),

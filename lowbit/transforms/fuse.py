@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import InputError
 from lowbit.models.spaces import Adapter, Norm
+from lowbit.transforms.cost import Costs
 from lowbit.transforms.learned import LearnedRotation, LearnRotation
 from lowbit.transforms.online import OnlineTransform
 from lowbit.transforms.rotation import ROWS_AT_ONCE, Rotate, Rotation
@@ -119,13 +120,18 @@ class FittedTransforms:
         return folded + [str(transform) for transform in (*self.rotations, *self.scales)]
 
 
-def fit(transforms: tuple, adapter: Adapter, seed: int) -> FittedTransforms:
-    """Fit a recipe's transforms; random choices come from `seed` alone."""
+def fit(
+    transforms: tuple, adapter: Adapter, seed: int, costs: Costs | None = None
+) -> FittedTransforms:
+    """Fit a recipe's transforms; random choices come from `seed` alone. costs: of what is learned
+    and runs online, where that was measured."""
     generator = torch.Generator().manual_seed(seed)
     rotations = []
     for transform in transforms:
-        if isinstance(transform, Rotate | LearnRotation):
+        if isinstance(transform, Rotate):
             rotations.append(transform.fit(adapter.spaces[transform.space], generator))
+        if isinstance(transform, LearnRotation):
+            rotations.append(transform.fit(adapter.spaces[transform.space], generator, costs))
     fold_norms = any(isinstance(t, FoldNorms) for t in transforms)
     if not fold_norms and any(r.space == "residual" for r in rotations):
         raise InputError("a rotation of the residual stream needs FoldNorms before it")

@@ -10,11 +10,12 @@ from lowbit.errors import InputError
 from lowbit.hadamard import exists
 from lowbit.models.spaces import Space
 from lowbit.transforms.cayley import nearest_orthogonal
+from lowbit.transforms.cost import Costs
 from lowbit.transforms.online import OnlineTransform
 from lowbit.transforms.rotation import Rotate, Rotation
 
 # Up to here a dense product of activations costs a GPU no more than a fast Hadamard transform
-# (DuaRot, equation 11, on an A100): factors of what runs online are at most that large.
+# (DuaRot, equation 11, on an A100). For where it is not measured (lowbit/transforms/cost.py).
 LARGEST_ONLINE = 512
 
 
@@ -26,29 +27,53 @@ class LearnRotation:
     local      DuaRot: R = R_global R_local, R_local block-diagonal in blocks of this size, or of
                what it has in common with the space's
 
+    largest_online  the largest order of a dense matrix that runs online; None: see below
+
     What is fused is one matrix, and begins at what Rotate(space, random_signs=True) gives, R_local
-    at the identity. What must run online is dense up to LARGEST_ONLINE, and else A (x) B of two
-    factors that are; it begins at Hadamard matrices.
+    at the identity. What must run online is dense up to largest_online, and else A (x) B of two
+    factors that are; it begins at Hadamard matrices. With None it is what costs no more than a fast
+    Hadamard transform where costs are given, nothing learned where all costs more, as DuaRot has
+    it; without costs the limit is LARGEST_ONLINE.
     """
 
     space: str
     per_block: bool = False
     local: int | None = None
+    largest_online: int | None = None
 
-    def fit(self, space: Space, generator: torch.Generator) -> "LearnedRotation":
+    def __post_init__(self):
+        largest = self.largest_online
+        if largest is not None and (type(largest) is not int or largest < 1):
+            raise InputError(f"largest_online must be at least 1, or None, got {largest!r}")
+
+    def fit(
+        self, space: Space, generator: torch.Generator, costs: Costs | None = None
+    ) -> "LearnedRotation | Rotation":
         if self.per_block and space.embedding:
             raise InputError(f"{self.space} joins all blocks: its rotation cannot be per_block")
         if len(space.readers) > 1 and not space.writers or space.inner != 1:
             raise InputError(f"a rotation of {self.space} cannot be learned: take Rotate")
         if self.local is not None and not space.writers:
             raise InputError(f"local is for rotations that are fused, unlike those of {self.space}")
-        left = 1 if space.writers else _left_factor(space.dim, self.space)
-        base = OnlineTransform("learned", space.dim, left=left)
+        base = OnlineTransform("learned", space.dim)
+        if not space.writers:
+            fast = Rotate(self.space).fit(space, generator)
+            base = self._online(space.dim, fast.base, costs)
+            if base is None:
+                return fast
         start = tuple(
             _start(order, replace(space, dim=order), self.space, bool(space.writers), generator)
             for order, _ in base.stages
         )
         return LearnedRotation(self, (Rotation(self.space, base, None, start),))
+
+    def _online(
+        self, dim: int, fast: OnlineTransform, costs: Costs | None
+    ) -> OnlineTransform | None:
+        if costs is not None and self.largest_online is None:
+            return costs.best_learned(dim, fast)
+        left = _left_factor(dim, self.space, self.largest_online or LARGEST_ONLINE)
+        return OnlineTransform("learned", dim, left=left)
 
 
 def _start(
@@ -58,19 +83,19 @@ def _start(
     return start.apply(torch.eye(order, dtype=torch.float64))
 
 
-def _left_factor(dim: int, name: str) -> int:
-    """The order of A in A (x) B, both at most LARGEST_ONLINE, B a power of two as large as can be;
+def _left_factor(dim: int, name: str, largest: int) -> int:
+    """The order of A in A (x) B, both at most `largest`, B a power of two as large as can be;
     1: there is no A."""
-    if dim <= LARGEST_ONLINE:
+    if dim <= largest:
         return 1
-    right = LARGEST_ONLINE
+    right = 1 << (largest.bit_length() - 1)
     while right > 1:
         left = dim // right
-        if dim % right == 0 and left <= LARGEST_ONLINE and exists(left):
+        if dim % right == 0 and left <= largest and exists(left):
             return left
         right //= 2
     raise InputError(
-        f"{name} of {dim} features has no two Hadamard orders up to {LARGEST_ONLINE} as factors: "
+        f"{name} of {dim} features has no two Hadamard orders up to {largest} as factors: "
         "its rotation cannot be learned, take Rotate"
     )
 
