@@ -2,11 +2,12 @@
 
 ICLR 2025 submission, no code; as its reviews and tables describe it. R1 and R2 are a full rotation
 times a block-diagonal one in blocks of 64; R3 (q and k) is dense and R4 (MLP hidden) a Kronecker
-product, learned and shared by all layers, where a Hadamard matrix would cost a GPU as much: measured
-on CUDA (lowbit/transforms/cost.py), else as the paper found. The paper leaves activations' symmetry
-and clips to SpinQuant, whose choices these are.
+product, learned and shared by all layers, where a Hadamard matrix would cost a GPU as much. That is
+measured on CUDA (lowbit/transforms/cost.py), else as the paper found. The paper leaves activations'
+symmetry and clips to SpinQuant, whose choices these are.
 """
 
+from lowbit.recipes.quarot import CLIPS
 from lowbit.recipes.recipe import Recipe
 from lowbit.rounding import GPTQ, RTN
 from lowbit.training import Training
@@ -29,6 +30,7 @@ DUAROT = Recipe(
     transforms=ROTATIONS,
     training=Training(),
     reproduces=(("000", "DuaRot", "GPTQ"),),
+    **CLIPS,
 )
 
 DUAROT_RTN = Recipe(
@@ -39,4 +41,5 @@ DUAROT_RTN = Recipe(
     transforms=ROTATIONS,
     training=Training(weights="weight"),
     reproduces=(("000", "DuaRot", "RTN"),),
+    **CLIPS,
 )

@@ -4,9 +4,11 @@ Liu et al. 2024, arXiv 2405.16406; written from the paper. R1 (residual) and R2 
 each block) are learned, R3 (q and k) and R4 (MLP hidden) are online Hadamard matrices; `-no-had`
 leaves those out. The o_proj input is not rotated across heads: the authors' code quantizes it in
 groups of head_dim, here it has one scale a token like every other. Activations are asymmetric in
-the paper, as in the format w4a4kv4-aasym; nothing is clipped.
+the paper, as in the format w4a4kv4-aasym, and nothing is clipped. The clips here are QuaRot's:
+better for both kinds of activations (docs/notes/0008).
 """
 
+from lowbit.recipes.quarot import CLIPS
 from lowbit.recipes.recipe import Recipe
 from lowbit.rounding import GPTQ, RTN
 from lowbit.training import Training
@@ -23,6 +25,7 @@ SPINQUANT = Recipe(
     transforms=LEARNED + ONLINE,
     training=Training(),
     reproduces=(("000", "SpinQuant", "GPTQ"), ("001", "SpinQuant"), ("002", "SpinQuant")),
+    **CLIPS,
 )
 
 SPINQUANT_RTN = Recipe(
@@ -33,6 +36,7 @@ SPINQUANT_RTN = Recipe(
     transforms=LEARNED + ONLINE,
     training=Training(weights="weight"),
     reproduces=(("000", "SpinQuant", "RTN"), ("001", "SpinQuant*"), ("002", "SpinQuant*")),
+    **CLIPS,
 )
 
 SPINQUANT_NO_HAD = Recipe(
@@ -42,4 +46,5 @@ SPINQUANT_NO_HAD = Recipe(
     rounding=GPTQ(),
     transforms=LEARNED,
     training=Training(),
+    **CLIPS,
 )
