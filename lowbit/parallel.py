@@ -35,6 +35,10 @@ def start(device: torch.device):
     backend = "gloo"
     if device.type == "cuda":
         local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device.index is not None:
+            raise InputError(
+                f"device must be 'cuda' for each process to take its own, got {str(device)!r}"
+            )
         if local >= devices:
             raise InputError(
                 f"processes on a machine must be at most its CUDA devices, got {devices} for "

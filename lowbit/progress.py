@@ -6,7 +6,8 @@
     block-0000.pt   a block that is done, and each after it (lowbit/finished.py)
 
 Each file is whole or not there: it is written beside, then renamed. The first process reads and
-writes; it tells the others.
+writes; it tells the others. As many processes as before come to the same bits, others to the same
+but for the order of additions.
 """
 
 import hashlib

@@ -154,7 +154,7 @@ def _fit_of(
         "recipe": recipe.name,
         "parts": " ".join(type(part).__name__ for part in parts),
         **{name: str(value) for name, value in settings_of(recipe).items()},
-        "transforms": ", ".join(fitted.report()),
+        "transforms": ", ".join(fitted.report()) or "none",
         "format": format.name,
         "seed": str(seed),
         "windows": fingerprint(w for w in windows if w is not None),

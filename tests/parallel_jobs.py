@@ -20,7 +20,7 @@ from lowbit.errors import InputError
 from lowbit.executor import Executor
 from lowbit.recipes import overridden
 
-PROCESSES, PATIENCE = 2, 60
+PROCESSES, PATIENCE = 2, 300  # seconds for a job, where all wait for each other
 CALIBRATION = tiny_tokens(9, 32, seed=9)  # one has five windows, one four
 # Statistics of one stream and of two; a grid search on whole streams and on their heads, for
 # weights alone and with activations; gradients with batches that are random, one sample, and with

@@ -17,6 +17,7 @@ from helpers import assert_bitwise
 from models import tiny_llama, tiny_tokenizer
 
 from lowbit import parallel, streams
+from lowbit.errors import InputError
 
 SHARE, FLOATS, REPORT = 1e-3, 1e-5, 5e-3  # of bytes that differ; relative, of the largest; relative
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory) -> Path:
     tiny_tokenizer().save_pretrained(path / "source")
     program = [sys.executable, parallel_jobs.__file__, str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(program, check=True, capture_output=True, timeout=500, env=environment)
+    subprocess.run(program, check=True, capture_output=True, timeout=900, env=environment)
     return path
 
 
@@ -93,6 +94,39 @@ def test_the_command(folder):
     for file in (folder / "out").iterdir():
         assert file.read_bytes() == (folder / "again" / file.name).read_bytes()
     assert len(list((folder / "saved").iterdir())) == 3  # fit.json and two blocks
+
+
+@pytest.mark.slow
+def test_as_torchrun_starts_it(folder):
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words = f"-m lowbit quantize {folder / 'source'} --recipe gptq --format w4a4 --device cpu"
+    small = f"--samples 5 --length 32 --json -o {folder / 'by-torchrun'}"
+    done = subprocess.run(
+        [*program, *words.split(), *small.split()],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["recipe"] == "gptq"
+    weights = [(folder / name / "model.safetensors") for name in ("by-torchrun", "out")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "device, devices, message",
+    [
+        ("cuda", 1, "processes on a machine must be at most its CUDA devices, got 1 for local"),
+        ("cuda:" + "0", 2, "device must be 'cuda' for each process to take its own, got"),
+    ],
+)
+def test_devices_that_cannot_be_shared_out(device, devices, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    with pytest.raises(InputError, match=message):
+        parallel.start(torch.device(device))
 
 
 def test_every_window_is_one_processes(monkeypatch):
