@@ -70,6 +70,19 @@ class Executor:
         self.rounded = stream if "rounded" in needed else None
         if len(needed) == 2:
             self.rounded = stream.fork()
+        if needed:
+            self._warn_of_few(windows.numel(), model.get_submodule(self.adapter.block_path)[0])
+
+    def _warn_of_few(self, tokens: int, block: nn.Module):
+        """Say which linears' Hessians cannot have full rank: damping decides the rest of them."""
+        if isinstance(self.rounder, BlockRounder) or not self.rounder.streams:
+            return
+        wide = [n for n in self.adapter.linears if block.get_submodule(n).in_features > tokens]
+        if wide:
+            self.say(
+                f"warning: {tokens} calibration tokens are fewer than the inputs of "
+                f"{', '.join(wide)}: take more samples"
+            )
 
     def run(self, block: nn.Module, index: int) -> FinishedBlock:
         """Round a block in fp32; its linears' weights are released."""

@@ -24,7 +24,7 @@ from lowbit import parallel
 from lowbit.config import LowbitConfig
 from lowbit.doctor import installed_version
 from lowbit.errors import InputError
-from lowbit.evaluate.text import manual_text
+from lowbit.evaluate.text import check_token_ids, manual_text
 from lowbit.executor import Executor, needed_streams
 from lowbit.finished import FinishedBlock
 from lowbit.formats import QuantFormat
@@ -85,13 +85,14 @@ def quantize(
     model.eval().requires_grad_(False)
     check_weights(model, stored, adapter, format)
     windows = texts = None
+    vocabulary = model.get_input_embeddings().num_embeddings
     if needed_streams(recipe, format):
-        windows = _windows(calibration, tokenizer, recipe.calibration, seed)
+        windows = _windows(calibration, tokenizer, recipe.calibration, seed, vocabulary)
     transforms = _useful(recipe.transforms, adapter, format)
     fitted = fit(transforms, adapter, seed, costs_on(model.device))
     if fitted.learned:
         spec = Calibration(recipe.training.samples, recipe.training.length)
-        texts = _windows(calibration, tokenizer, spec, seed)
+        texts = _windows(calibration, tokenizer, spec, seed, vocabulary)
     of = {}
     if resume is not None:
         of = _fit_of(recipe, fitted, format, seed, (windows, texts), model, stored)
@@ -277,11 +278,24 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase | None,
     spec: Calibration,
     seed: int,
+    vocabulary: int,
+) -> Tensor:
+    windows = _sampled(calibration, tokenizer, spec, seed)
+    check_token_ids(windows, vocabulary, "calibration")
+    return windows
+
+
+def _sampled(
+    calibration: Tensor | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    spec: Calibration,
+    seed: int,
 ) -> Tensor:
     if isinstance(calibration, Tensor):
-        if calibration.dim() != 2 or calibration.dtype != torch.int64:
+        two = calibration.dim() == 2 and len(calibration) >= 1 and calibration.shape[1] >= 2
+        if not two or calibration.dtype != torch.int64:
             raise InputError(
-                "calibration must be int64 [samples, length], got "
+                "calibration must be int64 [samples, length], 1 sample and 2 tokens at least, got "
                 f"{calibration.dtype} {tuple(calibration.shape)}"
             )
         return calibration

@@ -269,7 +269,7 @@ def test_nan_in_weights_or_calibration(capsys, tmp_path, source, text):
     result = in_process(capsys, "quantize", poisoned, *RTN, "-o", out)
     assert_one_line(result, "weights must be finite", "model.layers.1.mlp.up_proj.weight")
     overflowing = damaged(source, tmp_path / "inf", overflow)
-    small = ("--calibration", text, "--samples", 2, "--length", 32)
+    small = ("--calibration", text, "--samples", 4, "--length", 32)
     result = in_process(capsys, "quantize", overflowing, "--recipe", "gptq", *small, "-o", out)
     assert_one_line(result, "calibration activations must be finite", "block 0")
     assert not out.exists()

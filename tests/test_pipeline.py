@@ -190,6 +190,14 @@ BAD = {
         lambda: lowbit.quantize(tiny_llama(), calibration=torch.zeros(8), progress=False),
         r"calibration must be int64 \[samples, length\]",
     ),
+    "calibration of nothing": (
+        lambda: lowbit.quantize(tiny_llama(), calibration=CALIBRATION[:, :1], progress=False),
+        r"1 sample and 2 tokens at least, got torch.int64 \(8, 1\)",
+    ),
+    "another tokenizer": (
+        lambda: lowbit.quantize(tiny_llama(), calibration=CALIBRATION + 128, progress=False),
+        r"calibration: token ids must be in 0 \.\. 127, the model's vocabulary, got 1\d\d \.\. 255",
+    ),
     "no tokenizer": (
         lambda: lowbit.quantize(tiny_llama(), calibration="some text", progress=False),
         "tokenizer must be given",
@@ -210,6 +218,14 @@ def test_bad_input(case):
     call, message = BAD[case]
     with pytest.raises(lowbit.InputError, match=message):
         call()
+
+
+def test_a_calibration_too_small_is_a_warning_that_names_the_layers(capsys):
+    lowbit.quantize(tiny_llama(), "gptq", "w4a16", calibration=CALIBRATION[:2], progress=False)
+    assert (
+        "warning: 64 calibration tokens are fewer than the inputs of mlp.down_proj: take more"
+        in (capsys.readouterr().err)
+    )
 
 
 def test_nan_in_calibration_activations():

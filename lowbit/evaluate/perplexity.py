@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lowbit.errors import InputError
+from lowbit.evaluate.text import check_token_ids
 
 WINDOW = 2048
 LOGITS_CHUNK = 256  # tokens whose logits exist at once: 256 x 128k fp32 are 131 MB
@@ -68,7 +69,9 @@ def perplexity(
     progress: str | None = None,
 ) -> Perplexity:
     """Perplexity of a transformers causal LM; `progress` labels a bar on stderr (None: no bar)."""
-    rows = windows(token_ids, window, limit).to(model.device)
+    rows = windows(token_ids, window, limit)
+    check_token_ids(rows, model.get_input_embeddings().num_embeddings, "token_ids")
+    rows = rows.to(model.device)
     nll = []
     with tqdm(rows, desc=progress, unit="window", disable=progress is None) as bar:
         for row in bar:

@@ -49,3 +49,15 @@ def tokenize(tokenizer, text: str) -> Tensor:
     """Token ids [n] of the whole text, with the special tokens the tokenizer adds by itself."""
     # verbose=False: a text longer than the model's context is what evaluation expects
     return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+
+
+def check_token_ids(tokens: Tensor, vocabulary: int, name: str):
+    """Refuse ids that a model of this vocabulary cannot embed: another model's tokenizer."""
+    if tokens.numel() == 0:
+        return
+    lowest, highest = tokens.min().item(), tokens.max().item()
+    if lowest < 0 or highest >= vocabulary:
+        raise InputError(
+            f"{name}: token ids must be in 0 .. {vocabulary - 1}, the model's vocabulary, got "
+            f"{lowest} .. {highest}: is the tokenizer the model's own?"
+        )
