@@ -7,7 +7,7 @@ those of one process by the order of additions.
 
 In one process each function gives back what it is given. Nothing else in lowbit asks which process
 it is, but for the command line. A failure ends the others too: torchrun stops them, and without it
-a process that waits for one that has gone raises.
+a process that waits for one that has gone raises, by gloo at once, by NCCL when its patience ends.
 """
 
 import os
