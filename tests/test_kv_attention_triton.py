@@ -38,6 +38,17 @@ def test_operands_that_are_not_contiguous():
     assert_bitwise(attend(q, apart, batch, backend="triton"), expected)
 
 
+@pytest.mark.parametrize("block_n", [16, 128, 256])
+def test_splits_are_whole_blocks(block_n):
+    # The kernel masks no end of a split.
+    from lowbit.kernels.kv_attention import splits_of
+
+    for max_length in (1, 129, 5000):
+        splits, length = splits_of(4, block_n, max_length, torch.device("cpu"))
+        assert length % block_n == 0
+        assert (splits - 1) * length < max_length <= splits * length
+
+
 @pytest.mark.parametrize(
     ("dtype", "bits"), [(torch.float16, 2), (torch.float16, 4), (torch.float16, 8)]
     + [(torch.bfloat16, 2), (torch.bfloat16, 4)], ids=str,

@@ -161,6 +161,29 @@ def centered(packed, zero_point, part: tl.constexpr, BITS: tl.constexpr, dtype: 
 
 
 @triton.jit
+def here(x):
+    """Scalar x, unknown to the compiler before this point: after a loop, what is computed of it is
+    not kept in registers through the loop. Triton 3.9 spilled it."""
+    if not INTERPRETED:
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+        )
+    return x
+
+
+@triton.jit
+def find_rows(
+    first_row, queries, num_kv_heads,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Of the rows of a tile: query, place among those of the tile's first query, validity."""
+    local = tl.arange(0, BLOCK_M)
+    query = (first_row + local) // HEADS
+    row = (query - first_row // HEADS) * (num_kv_heads * HEADS) + (first_row + local) % HEADS
+    return query, row, (local < ROWS) & (query < queries)
+
+
+@triton.jit
 def inverse(unit):
     """1 / unit for powers of two."""
     bits = TWICE_ONE - unit.to(tl.int32, bitcast=True)
@@ -186,7 +209,7 @@ def kv_attention_kernel(
     B,
     P,
     num_kv_heads,
-    split_length,
+    split_length,  # whole blocks of BLOCK_N
     factor,  # scaling * log2(e)
     HEAD_DIM: tl.constexpr,
     BITS: tl.constexpr,
@@ -218,17 +241,13 @@ def kv_attention_kernel(
     if SPLIT and begin >= end:
         return
 
-    local = tl.arange(0, BLOCK_M)
-    query = (first_row + local) // HEADS
+    query, row, row_valid = find_rows(first_row, queries, num_kv_heads, HEADS, ROWS, BLOCK_M)
     first_query = first_row // HEADS
     tile_row = (first + first_query).to(tl.int64) * num_kv_heads * HEADS + kv_head * HEADS
-    row = (query - first_query) * (num_kv_heads * HEADS) + (first_row + local) % HEADS
-    row_valid = (local < ROWS) & (query < queries)
     seen = length - queries + query + 1
-    seen_end = tl.minimum(seen, end)
     word = tl.arange(0, WORDS)
     word_valid = word < HEAD_WORDS
-    # Transposed: the addresses of the store would be the same, and be kept in registers until then.
+    # Transposed, to share no address with the store.
     at = row[None, :] * HEAD_DIM + (word * PER_WORD)[:, None]
     mask = row_valid[None, :] & word_valid[:, None]
     q_parts = ()
@@ -265,7 +284,7 @@ def kv_attention_kernel(
             numbers = tl.trans(centered(k, zero_point, part, BITS, dtype))
             scores = tl.dot(q_parts[part], numbers, scores, input_precision="ieee")
         scores *= (finite(key_scale) * factor)[None, :]
-        scores = tl.where(position[None, :] < seen_end[:, None], scores, float("-inf"))
+        scores = tl.where(position[None, :] < seen[:, None], scores, float("-inf"))
 
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # of a row that saw nothing so far
@@ -293,6 +312,9 @@ def kv_attention_kernel(
         acc = new_acc
 
     # Step 3
+    first_row = here(first_row)
+    query, row, row_valid = find_rows(first_row, queries, num_kv_heads, HEADS, ROWS, BLOCK_M)
+    seen = length - queries + query + 1
     at = row[:, None] * HEAD_DIM + (word * PER_WORD)[None, :]
     mask = row_valid[:, None] & word_valid[None, :]
     if dtype != tl.float16:
@@ -355,11 +377,15 @@ def combine_kernel(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=d < HEAD_DIM)
 
 
-def splits_of(warps: int, max_length: int, device: torch.device) -> tuple[int, int]:
-    """(splits, positions of each) of max_length positions, if each takes so many warps."""
+def splits_of(warps: int, block_n: int, max_length: int, device: torch.device) -> tuple[int, int]:
+    """(splits, positions of each) of max_length positions, if each takes so many warps.
+
+    A split is whole blocks of positions: the kernel masks what a row does not see, no split's end.
+    """
+    shortest = max(SHORTEST_SPLIT, block_n)
     wanted = min(triton.cdiv(WARPS_PER_PROCESSOR * processors_of(device), warps), MOST_SPLITS)
     length = triton.cdiv(max_length, wanted)
-    length = max(triton.cdiv(length, SHORTEST_SPLIT), 1) * SHORTEST_SPLIT
+    length = max(triton.cdiv(length, shortest), 1) * shortest
     return max(triton.cdiv(max_length, length), 1), length
 
 
@@ -391,7 +417,8 @@ def kv_attention(
     tile_rows = heads if one_query else tile.BLOCK_M
     count = T if one_query else T * heads // tile_rows + B + 1
     programs = max(triton.cdiv(T * heads, tile_rows), min(T, B)) * num_kv_heads  # that are busy
-    splits, split_length = splits_of(programs * tile.num_warps, P * page_size, q.device)
+    warps = programs * tile.num_warps
+    splits, split_length = splits_of(warps, tile.BLOCK_N, P * page_size, q.device)
     partial, row_max, row_sum = out, None, None
     if splits > 1:
         partial = q.new_empty((splits, *q.shape), dtype=torch.float32)
