@@ -91,6 +91,14 @@ def _turned(
 
 
 @triton.jit
+def _destination(slot_ptr, token, head, valid, num_kv_heads, slots):
+    """[BLOCK_R] int64: where rows go among the heads of all slots; -1: nowhere. Loaded late: it
+    would take registers through the rotation."""
+    slot = tl.load(slot_ptr + token, valid, other=-1)
+    return tl.where((slot >= 0) & (slot < slots), slot * num_kv_heads + head, -1)
+
+
+@triton.jit
 def _append(
     y,  # [BLOCK_R, a power of two] fp32, 0 past D
     at,  # [BLOCK_R] int64: where among the heads of all slots; nowhere if negative
@@ -187,8 +195,6 @@ def _kv_append_kernel(
         is_k = tile < kv_tiles
         tile = tl.where(is_k, tile, tile - kv_tiles)
         token, head, valid = _rows(tile, T * num_kv_heads, num_kv_heads, BLOCK_R)
-        slot = tl.load(slot_ptr + token, valid, other=-1)
-        at = tl.where((slot >= 0) & (slot < slots), slot * num_kv_heads + head, -1)
         if is_k:
             y = _turned(
                 k_ptr + token * k_token_stride + head * k_head_stride,
@@ -205,11 +211,13 @@ def _kv_append_kernel(
                 POW2,
                 LOG_POW2,
             )
+            at = _destination(slot_ptr, token, head, valid, num_kv_heads, slots)
             _append(y, at, k_codes_ptr, k_scale_ptr, k_zero_ptr, clip, D, BITS, STORAGE_BITS)
         else:
             v = v_ptr + token * v_token_stride + head * v_head_stride
             y = tl.load(v[:, None] + d[None, :], valid[:, None] & (d < D)[None, :], other=0.0)
             y = y.to(tl.float32)
+            at = _destination(slot_ptr, token, head, valid, num_kv_heads, slots)
             _append(y, at, v_codes_ptr, v_scale_ptr, v_zero_ptr, clip, D, BITS, STORAGE_BITS)
 
 
