@@ -72,6 +72,16 @@ def test_compiles(config, capability, tmp_path):
         assert not re.search(pattern, ptx), pattern
 
 
+def test_long_rotations_are_compiled_with_the_warps_they_are_launched_with():
+    from lowbit.kernels.configs import _ORDERS
+    from lowbit.kernels.hadamard import BLOCK, rotation_warps
+
+    long = [o for o in _ORDERS.values() if o[1] * o[2] >= BLOCK]
+    assert len(long) >= 8
+    for base, base_pad, pow2, _, warps in long:
+        assert warps == rotation_warps(base, base_pad * pow2), base
+
+
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_every_kernel_is_compiled(name):
     target = OPS[name].backends["triton"].target
