@@ -1,0 +1,188 @@
+"""benchmarks/accuracy.py without any other package: one that the test makes stands for it."""
+
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_llama, tiny_tokens
+
+from benchmarks import accuracy
+from benchmarks.accuracy import Evaluator, Method, Protocol, Side, markdown, measure, most_values
+from lowbit.errors import InputError
+from lowbit.evaluate.perplexity import perplexity
+from lowbit.formats import QuantFormat
+from lowbit.ops import dequantize
+from lowbit.rounding import RTN
+
+FORMAT = QuantFormat.parse("w3a16g32-wasym")
+QUANTIZERS = Path(accuracy.__file__).parent / "quantizers"
+
+# Rounds to nearest by hand, or does what its options say instead.
+FAKE = """
+import sys
+sys.path.insert(0, {quantizers!r})
+import job
+job.version = lambda package: "7"
+def quantize(what, windows):
+    assert tuple(windows.shape) == (2, 24) and what.method == "rtn" and not what.symmetric
+    model = job.load_model(what)
+    how = what.options.get("do")
+    if how == "refuse":
+        raise job.Refused("has no such thing")
+    if how == "crash":
+        raise RuntimeError("it broke")
+    for linear in job.linears_of(model).values():
+        w = linear.weight.data.unflatten(-1, (-1, what.group_size))
+        low, high = w.amin(-1, True).clamp(max=0), w.amax(-1, True).clamp(min=0)
+        largest = 2 ** (what.bits + (how == "more bits")) - 1
+        scale = ((high - low) / largest).half().float()
+        zero = (-low / scale).round()
+        codes = ((w / scale).round() + zero).clamp(0, largest)
+        linear.weight.data = ((codes - zero) * scale).flatten(-2)
+    tensors = job.block_tensors(model)
+    name = "model.layers.1.mlp.up_proj.weight"
+    if how == "forget":
+        del tensors[name]
+    if how == "transpose":
+        tensors[name] = tensors[name].T
+    if how == "head":
+        tensors["lm_head.weight"] = model.lm_head.weight.detach()
+    return tensors, "by hand", 0.5
+job.run("fake", quantize)
+"""
+
+
+@pytest.fixture
+def evaluator(tmp_path, monkeypatch) -> Evaluator:
+    """Of a tiny model in a folder; `fake` and `absent` are packages that have RTN."""
+    model = tiny_llama(intermediate_size=96)
+    model.save_pretrained(tmp_path / "model")
+    workers = tmp_path / "workers"
+    workers.mkdir()
+    (workers / "with_fake.py").write_text(FAKE.format(quantizers=str(QUANTIZERS)))
+    ours = (QUANTIZERS / "with_lowbit.py").read_text()
+    path = f"import sys\nsys.path.insert(0, {str(QUANTIZERS)!r})\n"
+    (workers / "with_lowbit.py").write_text(
+        ours.replace("from dataclasses", f"{path}from dataclasses", 1)
+    )
+    monkeypatch.setattr(accuracy, "WORKERS", workers)
+    sides = (Side("fake"), Side("fake", "broken", {"do": "crash"}), Side("absent"))
+    monkeypatch.setattr(accuracy, "METHODS", {"rtn": Method({}, sides)})
+    folder = str(tmp_path / "model")
+    return Evaluator(
+        model, Protocol("tiny", folder, tiny_tokens(), tiny_tokens(4).flatten(), 24, 3)
+    )
+
+
+def row_of(evaluator: Evaluator, **options) -> dict:
+    side = Side("fake", options=options)
+    return measure(side, "rtn", FORMAT, sys.executable, evaluator, threads=1)
+
+
+def test_what_comes_back_is_measured_in_the_model_as_it_was(evaluator):
+    row = row_of(evaluator)
+    expected = tiny_llama(intermediate_size=96)
+    for name, module in expected.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.copy_(dequantize(RTN().round(module.weight, FORMAT.weight)[0]))
+    tokens = evaluator.protocol.tokens
+    assert row["window_nll"] == perplexity(expected, tokens, 24, 3).window_nll
+    assert (row["seconds"], row["settings"]) == (0.5, "by hand")
+    assert row["version"].startswith("fake 7, torch ")
+    full = perplexity(tiny_llama(intermediate_size=96), tokens, 24, 3)
+    assert evaluator.full() == full != row["window_nll"]  # nothing of a row is left behind
+
+
+@pytest.mark.parametrize(
+    "do, reason",
+    [
+        ("refuse", "^has no such thing$"),
+        ("crash", "^failed: RuntimeError: it broke$"),
+        ("more bits", "wrong weights: .* at most 8 values, got (9|1[0-6])"),
+        ("forget", "wrong weights: every linear .* model.layers.1.mlp.up_proj"),
+        ("transpose", r"wrong weights: .*up_proj.weight must have shape \(96, 64\)"),
+        ("head", "wrong weights: tensors must be of the model's blocks, got lm_head"),
+    ],
+)
+def test_what_is_not_measured_has_a_reason(evaluator, do, reason):
+    row = row_of(evaluator, do=do)
+    assert "perplexity" not in row
+    assert re.search(reason, row["reason"])
+
+
+def test_a_python_that_is_not_there_is_a_reason(evaluator):
+    row = measure(Side("fake"), "rtn", FORMAT, "/nowhere/python", evaluator, threads=1)
+    assert row == {"reason": "/nowhere/python does not run: No such file or directory"}
+
+
+def test_a_run_goes_on_without_what_is_missing_and_is_not_done_twice(
+    evaluator, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(accuracy, "_protocol", lambda args: (evaluator.protocol, evaluator.model))
+    out = tmp_path / "rows.jsonl"
+    words = ["--out", str(out), "--format", FORMAT.name, "--method", "rtn", "--window", "24"]
+    words += ["--python", f"fake={sys.executable}"]
+    rows = accuracy.run(accuracy.parser().parse_args(words))
+    printed = capsys.readouterr().out
+    assert "absent: no --python absent=INTERPRETER, not measured\n" in printed
+    assert [row["side"] for row in rows] == ["", "lowbit", "fake", "fake, broken"]
+    assert rows[1]["window_nll"] == rows[2]["window_nll"]  # the same rounding, by two packages
+    assert accuracy.read(out) == rows
+    monkeypatch.setattr(accuracy, "measure", None)
+    assert accuracy.run(accuracy.parser().parse_args(words)) == rows
+    table = markdown(rows)
+    assert (
+        "| w3a16g32-wasym | rtn | fake |" in table and "| +0.00 +- 0.00 % | 0 | by hand |" in table
+    )
+    assert "w3a16g32-wasym rtn fake, broken: failed: RuntimeError: it broke" in table
+
+
+def test_the_table_marks_what_is_worse():
+    row = {"method": "rtn", "format": "w4a16g64", "window": 9, "seconds": 1, "settings": "s"}
+
+    def side(name, perplexity):
+        nll = [torch.tensor(perplexity).log().item()] * 2
+        return {**row, "side": name, "perplexity": perplexity, "window_nll": nll}
+
+    ours = side("lowbit", 10.0)
+    assert "| +0.50 +- 0.00 % |" in markdown([ours, side("hqq", 10 / 1.005)])
+    assert "| **+2.00 +- 0.00 %** |" in markdown([ours, side("hqq", 10 / 1.02)])
+    assert "| -2.00 +- 0.00 % |" in markdown([ours, side("hqq", 10 / 0.98)])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--python", "vim=/usr/bin/vim"], "--python must be one of .*'hqq'"),
+        (["--python", "hqq"], "an interpreter, got 'hqq'"),
+        (["--format", "w4a16"], "weights in groups and no more, got w4a16"),
+        (["--format", "w4a8g64"], "weights in groups and no more, got w4a8g64"),
+    ],
+)
+def test_errors(words, message):
+    with pytest.raises(InputError, match=message):
+        accuracy.run(accuracy.parser().parse_args(words))
+
+
+def test_values_of_a_group():
+    weight = torch.tensor([[0.0, 1.0, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0]])
+    assert most_values(weight, 4) == 3
+    assert most_values(weight, 2) == 2
+    assert most_values(replace_last(weight), 4) == 3
+
+
+def replace_last(weight):
+    changed = weight.clone()
+    changed[0, -2:] = torch.tensor([6.0, 7.0])
+    return changed
+
+
+def test_every_package_has_its_worker():
+    packages = {side.package for method in accuracy.METHODS.values() for side in method.sides}
+    names = {f"with_{package.replace('-', '_')}.py" for package in packages}
+    assert names == {path.name for path in QUANTIZERS.glob("with_*.py")}
+    assert all(method.sides[0] == Side("lowbit") for method in accuracy.METHODS.values())
+    assert replace(Side("hqq"), note="x").name == "hqq, x"
