@@ -10,14 +10,17 @@ perplexity measures it in the model as it was, lowbit's weights like the others'
 Weights are refused, not measured, where they are not what was asked for: a group with more values
 than its bits have, a linear that is missing, a tensor of another shape.
 
+--blocks N takes the model's first N blocks alone, in little time. Perplexity says nothing then; what
+is measured is the error of their output: sum |h - h_full|^2 / sum |h_full|^2 over a window's hidden
+states before the last norm, the geometric mean of the windows.
+
 A package without a Python is said so in one line. Results are appended to --out as they come, one
-JSON object a line; what is there already is not done again. --show prints the table alone.
+JSON object a line; what was measured already is not done again. --show prints the table alone.
 """
 
 import argparse
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -28,11 +31,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks import machine
+from benchmarks.accuracy_table import DONE, OURS, line, markdown, read, result
 from benchmarks.quantizers.job import REPORT, WEIGHTS, Job, linears_of
 from lowbit.errors import InputError
-from lowbit.evaluate.perplexity import Perplexity, paired_standard_error, perplexity
+from lowbit.evaluate.perplexity import perplexity, windows
 from lowbit.evaluate.text import manual_text, tokenize
 from lowbit.formats import QuantFormat
 from lowbit.models.source import PACKAGED, load_source, packaged_model, resolve
@@ -40,10 +45,7 @@ from lowbit.quantize import sample_windows
 from lowbit.recipes import Calibration
 
 WORKERS = Path(__file__).parent / "quantizers"
-OURS = "lowbit"
-AIM = 0.01  # of perplexity: how much worse than another package is no defect
 FORMATS = ("w4a16g64-wasym", "w4a16g64", "w3a16g64-wasym", "w2a16g64-wasym")
-DONE = ("method", "format", "side", "protocol")  # what makes two results one
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,13 @@ class Protocol:
     tokens: Tensor
     window: int
     limit: int
+    blocks: int | None = None
 
     def __str__(self) -> str:
         samples, length = self.calibration.shape
         return (
-            f"{self.name}, calibration {samples} x {length}, "
+            f"{self.name}{f' first {self.blocks} blocks' if self.blocks else ''}, "
+            f"calibration {samples} x {length}, "
             f"evaluation {self.limit} x {self.window}"
         )
 
@@ -109,23 +113,40 @@ class Protocol:
 class Evaluator:
     """The model in full precision, whose blocks take other weights in turn."""
 
-    def __init__(self, model, protocol: Protocol):
+    def __init__(self, protocol: Protocol, model: PreTrainedModel):
         self.model, self.protocol = model, protocol
         self.original = {
             name: p.detach().clone() for name, p in model.named_parameters() if ".layers." in name
         }
+        self.wanted = self._hidden() if protocol.blocks else None
 
-    def full(self) -> Perplexity:
-        return self.of(self.original)
+    def of(self, tensors: dict[str, Tensor]) -> list[float]:
+        """Of each window the mean -log p, or of few blocks the log of their output's error."""
+        self._take(tensors)
+        protocol = self.protocol
+        if protocol.blocks is None:
+            found = perplexity(self.model, protocol.tokens, protocol.window, protocol.limit)
+            return found.window_nll
+        pairs = zip(self._hidden(), self.wanted, strict=True)
+        return [((h - y).square().sum() / y.square().sum()).log().item() for h, y in pairs]
 
-    def of(self, tensors: dict[str, Tensor]) -> Perplexity:
+    def _take(self, tensors: dict[str, Tensor]):
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, original in self.original.items():
                 parameters[name].copy_(tensors.get(name, original))
-        return perplexity(
-            self.model, self.protocol.tokens, self.protocol.window, self.protocol.limit
+
+    @torch.inference_mode()
+    def _hidden(self) -> list[Tensor]:
+        """Of each window what the last block gives to the norm, fp64."""
+        protocol, kept = self.protocol, []
+        handle = self.model.base_model.norm.register_forward_pre_hook(
+            lambda _module, args: kept.append(args[0].double())
         )
+        for row in windows(protocol.tokens, protocol.window, protocol.limit):
+            self.model.base_model(row[None], use_cache=False)
+        handle.remove()
+        return kept
 
     def check(self, tensors: dict[str, Tensor], format: QuantFormat):
         """InputError where these are not the model's blocks with weights of that format."""
@@ -155,7 +176,7 @@ def most_values(weight: Tensor, group_size: int) -> int:
 def measure(
     side: Side, method: str, format: QuantFormat, python: str, evaluator: Evaluator, threads: int
 ) -> dict:
-    """One row: {"perplexity", "window_nll", "seconds", "settings", "version"}, or {"reason"}."""
+    """One row: {"value", "window_logs", "seconds", "settings", "version"}, or {"reason"}."""
     protocol, weight = evaluator.protocol, format.weight
     options = {**METHODS[method].options, **side.options}
     job = Job(protocol.folder, method, weight.bits, weight.group_size, weight.symmetric, options)
@@ -173,8 +194,7 @@ def measure(
         evaluator.check(tensors, format)
     except InputError as error:
         return {**report, "reason": f"wrong weights: {error}"}
-    found = evaluator.of(tensors)
-    return {**report, "perplexity": found.perplexity, "window_nll": found.window_nll}
+    return {**report, **result(evaluator.of(tensors))}
 
 
 def _run(python: str, package: str, folder: Path, threads: int) -> str | None:
@@ -195,58 +215,6 @@ def _run(python: str, package: str, folder: Path, threads: int) -> str | None:
     return None
 
 
-def read(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _result(row: dict) -> Perplexity:
-    nll = row["window_nll"]
-    return Perplexity(row["perplexity"], nll, row["window"], len(nll) * (row["window"] - 1))
-
-
-def markdown(rows: list[dict]) -> str:
-    """A table: a line for each side, in the order of METHODS, then those that have a reason."""
-    head = ["format", "method", "package", "perplexity", "lowbit / it - 1", "seconds", "settings"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    order = {name: i for i, name in enumerate(["full", *METHODS])}
-    rows = sorted(rows, key=lambda r: (_format_order(r["format"]), order[r["method"]]))
-    ours = {(r["method"], r["format"]): r for r in rows if r["side"] == OURS}
-    for row in rows:
-        if "perplexity" not in row:
-            continue
-        mine = ours.get((row["method"], row["format"]), {})
-        compared = ""
-        if row["side"] not in (OURS, "") and "perplexity" in mine:
-            compared = against(_result(mine), _result(row))
-        cells = [row["format"], row["method"], row["side"], f"{row['perplexity']:.3f}", compared]
-        seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
-        lines.append(f"| {' | '.join([*cells, seconds, row.get('settings', '')])} |")
-    for row in rows:
-        if "reason" in row:
-            lines.append(f"\n{row['format']} {row['method']} {row['side']}: {row['reason']}")
-    return "\n".join(lines)
-
-
-def line(row: dict) -> str:
-    """A row for people, as it is measured."""
-    found = row.get("reason") or f"perplexity {row['perplexity']:.3f}"
-    return f"{row['format']} {row['method']} {row['side']}: {found}"
-
-
-def _format_order(name: str) -> int:
-    return FORMATS.index(name) if name in FORMATS else -1
-
-
-def against(mine: Perplexity, other: Perplexity) -> str:
-    """In per cent of perplexity, with its paired standard error; worse than AIM stands out."""
-    difference = mine.perplexity / other.perplexity - 1
-    error = paired_standard_error(mine, other)
-    text = f"{100 * difference:+.2f} +- {100 * error:.2f} %"
-    return f"**{text}**" if difference > AIM or math.isnan(difference) else text
-
-
 def _pairs(given: list[str]) -> dict[str, str]:
     pairs = {OURS: sys.executable}
     packages = sorted({side.package for m in METHODS.values() for side in m.sides})
@@ -258,13 +226,23 @@ def _pairs(given: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _protocol(args) -> tuple[Protocol, object]:
+def _protocol(args, work: Path) -> tuple[Protocol, PreTrainedModel]:
+    """What the arguments say, and the model in fp32; `work` is a folder for one of few blocks."""
     model, tokenizer = load_source(args.model, torch.float32)
     folder = str(packaged_model()) if args.model.lower() == PACKAGED else resolve(args.model)
+    if args.blocks is not None:
+        model.model.layers = model.model.layers[: args.blocks]
+        model.config.num_hidden_layers = len(model.model.layers)
+        folder = str(work)
+        for part in (model, tokenizer):
+            part.save_pretrained(work)
     tokens = tokenize(tokenizer, manual_text("calibration"))
-    windows = sample_windows(tokens, Calibration(args.samples, args.length), seed=0)
+    calibration = sample_windows(tokens, Calibration(args.samples, args.length), seed=0)
     tokens = tokenize(tokenizer, manual_text("evaluation"))
-    return Protocol(args.model, folder, windows, tokens, args.window, args.limit), model
+    return (
+        Protocol(args.model, folder, calibration, tokens, args.window, args.limit, args.blocks),
+        model,
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -278,6 +256,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--length", type=int, default=512)
     parse.add_argument("--window", type=int, default=512)
     parse.add_argument("--limit", type=int, default=8)
+    parse.add_argument("--blocks", type=int, help="the first ones alone: the error of their output")
     parse.add_argument("--threads", type=int, default=1, help="of each package, and here")
     parse.add_argument("--out", type=Path, default=Path("accuracy.jsonl"))
     parse.add_argument("--show", action="store_true", help="print what --out has, and end")
@@ -295,33 +274,41 @@ def run(args) -> list[dict]:
     if args.show:
         return rows
     torch.set_num_threads(args.threads)
-    protocol, model = _protocol(args)
-    evaluator = Evaluator(model, protocol)
+    with tempfile.TemporaryDirectory() as work:
+        _measure_all(args, formats, pythons, rows, Evaluator(*_protocol(args, Path(work))))
+    return read(args.out)
+
+
+def _measure_all(
+    args,
+    formats: list[QuantFormat],
+    pythons: dict[str, str],
+    rows: list[dict],
+    evaluator: Evaluator,
+):
+    """What is not among the rows, appended to --out."""
+    protocol = evaluator.protocol
     for package in sorted({s.package for m in args.method for s in METHODS[m].sides}):
         if package not in pythons:
             print(f"{package}: no --python {package}=INTERPRETER, not measured")
-    known = {tuple(row[key] for key in DONE) for row in rows}
+    known = {tuple(row[key] for key in DONE) for row in rows if "value" in row}
 
     def add(method: str, format: str, side: str, found: dict):
         about = dict(zip(DONE, (method, format, side, str(protocol)), strict=True))
-        row = {**about, "window": args.window, "threads": args.threads}
+        row = {**about, "threads": args.threads}
         row |= {"commit": machine.commit(), **found}
-        rows.append(row)
         print(line(row), flush=True)
         with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    if ("full", "fp32", "", str(protocol)) not in known:
-        full = evaluator.full()
-        found = {"perplexity": full.perplexity, "window_nll": full.window_nll}
-        add("full", "fp32", "", found)
+    if protocol.blocks is None and ("full", "fp32", "", str(protocol)) not in known:
+        add("full", "fp32", "", result(evaluator.of(evaluator.original)))
     for format, name in itertools.product(formats, args.method):
         for side in METHODS[name].sides:
             python = pythons.get(side.package)
             if python is not None and (name, format.name, side.name, str(protocol)) not in known:
                 found = measure(side, name, format, python, evaluator, args.threads)
                 add(name, format.name, side.name, found)
-    return rows
 
 
 def main():
@@ -330,7 +317,7 @@ def main():
         rows = run(args)
     except InputError as error:
         sys.exit(f"accuracy: {error}")
-    print(markdown(rows))
+    print(markdown(rows, [*METHODS], FORMATS))
 
 
 if __name__ == "__main__":

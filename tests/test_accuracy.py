@@ -1,5 +1,6 @@
 """benchmarks/accuracy.py without any other package: one that the test makes stands for it."""
 
+import math
 import re
 import sys
 from dataclasses import replace
@@ -10,7 +11,8 @@ import torch
 from models import tiny_llama, tiny_tokens
 
 from benchmarks import accuracy
-from benchmarks.accuracy import Evaluator, Method, Protocol, Side, markdown, measure, most_values
+from benchmarks.accuracy import Evaluator, Method, Protocol, Side, measure, most_values
+from benchmarks.accuracy_table import markdown, read, result
 from lowbit.errors import InputError
 from lowbit.evaluate.perplexity import perplexity
 from lowbit.formats import QuantFormat
@@ -89,11 +91,12 @@ def test_what_comes_back_is_measured_in_the_model_as_it_was(evaluator):
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.weight.copy_(dequantize(RTN().round(module.weight, FORMAT.weight)[0]))
     tokens = evaluator.protocol.tokens
-    assert row["window_nll"] == perplexity(expected, tokens, 24, 3).window_nll
+    found = perplexity(expected, tokens, 24, 3)
+    assert (row["value"], row["window_logs"]) == (found.perplexity, found.window_nll)
     assert (row["seconds"], row["settings"]) == (0.5, "by hand")
     assert row["version"].startswith("fake 7, torch ")
-    full = perplexity(tiny_llama(intermediate_size=96), tokens, 24, 3)
-    assert evaluator.full() == full != row["window_nll"]  # nothing of a row is left behind
+    full = perplexity(tiny_llama(intermediate_size=96), tokens, 24, 3).window_nll
+    assert evaluator.of(evaluator.original) == full  # nothing of a row is left behind
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_what_comes_back_is_measured_in_the_model_as_it_was(evaluator):
 )
 def test_what_is_not_measured_has_a_reason(evaluator, do, reason):
     row = row_of(evaluator, do=do)
-    assert "perplexity" not in row
+    assert "value" not in row
     assert re.search(reason, row["reason"])
 
 
@@ -121,36 +124,59 @@ def test_a_python_that_is_not_there_is_a_reason(evaluator):
 def test_a_run_goes_on_without_what_is_missing_and_is_not_done_twice(
     evaluator, monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.setattr(accuracy, "_protocol", lambda args: (evaluator.protocol, evaluator.model))
+    monkeypatch.setattr(accuracy, "_protocol", lambda *_: (evaluator.protocol, evaluator.model))
     out = tmp_path / "rows.jsonl"
-    words = ["--out", str(out), "--format", FORMAT.name, "--method", "rtn", "--window", "24"]
+    words = ["--out", str(out), "--format", FORMAT.name, "--method", "rtn"]
     words += ["--python", f"fake={sys.executable}"]
     rows = accuracy.run(accuracy.parser().parse_args(words))
     printed = capsys.readouterr().out
     assert "absent: no --python absent=INTERPRETER, not measured\n" in printed
     assert [row["side"] for row in rows] == ["", "lowbit", "fake", "fake, broken"]
-    assert rows[1]["window_nll"] == rows[2]["window_nll"]  # the same rounding, by two packages
-    assert accuracy.read(out) == rows
-    monkeypatch.setattr(accuracy, "measure", None)
+    assert rows[1]["window_logs"] == rows[2]["window_logs"]  # the same rounding, by two packages
+    assert read(out) == rows
+    again = []
+    monkeypatch.setattr(accuracy, "measure", lambda side, *_: again.append(side) or rows[3])
     assert accuracy.run(accuracy.parser().parse_args(words)) == rows
-    table = markdown(rows)
+    assert [side.name for side in again] == ["fake, broken"]  # what failed is tried again
+    table = markdown(rows, ["rtn"], [FORMAT.name])
     assert (
         "| w3a16g32-wasym | rtn | fake |" in table and "| +0.00 +- 0.00 % | 0 | by hand |" in table
     )
     assert "w3a16g32-wasym rtn fake, broken: failed: RuntimeError: it broke" in table
 
 
+def test_of_few_blocks_it_is_the_error_of_their_output(evaluator):
+    protocol = replace(evaluator.protocol, blocks=2)
+    evaluator = Evaluator(protocol, evaluator.model)
+    name = "model.layers.1.mlp.down_proj.weight"
+    half = {name: evaluator.original[name] / 2}
+
+    def added(tensors: dict) -> torch.Tensor:
+        """By the last MLP, whose output joins the residual stream."""
+        kept = []
+        module = evaluator.model.model.layers[1].mlp
+        handle = module.register_forward_hook(lambda _m, _a, out: kept.append(out.double()))
+        evaluator.of(tensors)
+        handle.remove()
+        return torch.cat(kept)
+
+    lost = added(evaluator.original) - added(half)
+    error = lost.square().sum((1, 2)) / torch.cat(evaluator.wanted).square().sum((1, 2))
+    torch.testing.assert_close(torch.tensor(evaluator.of(half)).exp(), error.float())
+
+
 def test_the_table_marks_what_is_worse():
-    row = {"method": "rtn", "format": "w4a16g64", "window": 9, "seconds": 1, "settings": "s"}
+    row = {"method": "rtn", "format": "w4a16g64", "protocol": "p", "seconds": 1, "settings": "s"}
 
     def side(name, perplexity):
-        nll = [torch.tensor(perplexity).log().item()] * 2
-        return {**row, "side": name, "perplexity": perplexity, "window_nll": nll}
+        return {**row, "side": name, **result([math.log(perplexity)] * 2)}
 
     ours = side("lowbit", 10.0)
-    assert "| +0.50 +- 0.00 % |" in markdown([ours, side("hqq", 10 / 1.005)])
-    assert "| **+2.00 +- 0.00 %** |" in markdown([ours, side("hqq", 10 / 1.02)])
-    assert "| -2.00 +- 0.00 % |" in markdown([ours, side("hqq", 10 / 0.98)])
+    assert "| +0.50 +- 0.00 % |" in markdown([ours, side("hqq", 10 / 1.005)], ["rtn"], ["w4a16g64"])
+    assert "| **+2.00 +- 0.00 %** |" in markdown(
+        [ours, side("hqq", 10 / 1.02)], ["rtn"], ["w4a16g64"]
+    )
+    assert "| -2.00 +- 0.00 % |" in markdown([ours, side("hqq", 10 / 0.98)], ["rtn"], ["w4a16g64"])
 
 
 @pytest.mark.parametrize(

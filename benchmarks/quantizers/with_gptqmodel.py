@@ -1,5 +1,6 @@
-"""gptqmodel: GPTQ, saved and read again by its torch backend, which dequantizes."""
+"""gptqmodel: GPTQ in fp32, saved and read again by its torch backend, which dequantizes in fp16."""
 
+import os
 import tempfile
 
 import torch
@@ -12,6 +13,7 @@ from job import Job, Refused, Stopwatch, Tensor, Tensors, block_tensors, load_mo
 def quantize(job: Job, windows: Tensor) -> tuple[Tensors, str, float]:
     if job.method not in ("gptq", "gptq-clip"):
         raise Refused(f"{job.method} is not run with it")
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it needs two, and on two cores makes one
     norm = 2.4 if job.method == "gptq-clip" else 0.0
     config = GPTQConfig(
         bits=job.bits,
@@ -34,7 +36,7 @@ def quantize(job: Job, windows: Tensor) -> tuple[Tensors, str, float]:
     seconds = watch.seconds
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
-        saved = GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float32)
+        saved = GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
     tensors = block_tensors(load_model(job))
     for name, module in saved.model.named_modules():
         if isinstance(module, BaseQuantLinear):

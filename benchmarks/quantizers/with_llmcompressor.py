@@ -19,10 +19,13 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 
 
 def quantize(job: Job, windows: Tensor) -> tuple[Tensors, str, float]:
     recipe, settings = _recipe(job)
+    if not torch.accelerator.is_available():  # AWQModifier pins memory all the same
+        IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None
     ids = windows.tolist()
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
     model = load_model(job)
