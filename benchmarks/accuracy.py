@@ -10,9 +10,9 @@ perplexity measures it in the model as it was, lowbit's weights like the others'
 Weights are refused, not measured, where they are not what was asked for: a group with more values
 than its bits have, a linear that is missing, a tensor of another shape.
 
---blocks N takes the model's first N blocks alone, in little time. Perplexity says nothing then; what
-is measured is the error of their output: sum |h - h_full|^2 / sum |h_full|^2 over a window's hidden
-states before the last norm, the geometric mean of the windows.
+--blocks N takes the model's first N blocks alone, in little time. Perplexity says nothing then: it
+is the error of their output, sum |h - h_full|^2 / sum |h_full|^2 over a window's hidden states
+before the last norm, the geometric mean of the windows.
 
 A package without a Python is said so in one line. Results are appended to --out as they come, one
 JSON object a line; what was measured already is not done again. --show prints the table alone.
