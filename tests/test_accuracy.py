@@ -65,18 +65,16 @@ def evaluator(tmp_path, monkeypatch) -> Evaluator:
     workers = tmp_path / "workers"
     workers.mkdir()
     (workers / "with_fake.py").write_text(FAKE.format(quantizers=str(QUANTIZERS)))
-    ours = (QUANTIZERS / "with_lowbit.py").read_text()
-    path = f"import sys\nsys.path.insert(0, {str(QUANTIZERS)!r})\n"
     (workers / "with_lowbit.py").write_text(
-        ours.replace("from dataclasses", f"{path}from dataclasses", 1)
+        f"import runpy, sys\nsys.path.insert(0, {str(QUANTIZERS)!r})\n"
+        f"runpy.run_path({str(QUANTIZERS / 'with_lowbit.py')!r})\n"
     )
     monkeypatch.setattr(accuracy, "WORKERS", workers)
     sides = (Side("fake"), Side("fake", "broken", {"do": "crash"}), Side("absent"))
     monkeypatch.setattr(accuracy, "METHODS", {"rtn": Method({}, sides)})
     folder = str(tmp_path / "model")
-    return Evaluator(
-        model, Protocol("tiny", folder, tiny_tokens(), tiny_tokens(4).flatten(), 24, 3)
-    )
+    protocol = Protocol("tiny", folder, tiny_tokens(), tiny_tokens(4).flatten(), 24, 3)
+    return Evaluator(protocol, model)
 
 
 def row_of(evaluator: Evaluator, **options) -> dict:
