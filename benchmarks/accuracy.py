@@ -209,6 +209,8 @@ def _run(python: str, package: str, folder: Path, threads: int) -> str | None:
         )
     except OSError as error:
         return f"{python} does not run: {error.strerror}"
+    if done.returncode < 0:
+        return f"ended by signal {-done.returncode}"
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         return f"failed: {lines[-1].strip() if lines else f'exit code {done.returncode}'}"

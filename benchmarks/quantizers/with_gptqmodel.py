@@ -14,6 +14,7 @@ def quantize(job: Job, windows: Tensor) -> tuple[Tensors, str, float]:
     if job.method not in ("gptq", "gptq-clip"):
         raise Refused(f"{job.method} is not run with it")
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it needs two, and on two cores makes one
+    torch._dynamo.config.disable = True  # its dequantize_weight would be compiled, for one call
     norm = 2.4 if job.method == "gptq-clip" else 0.0
     config = GPTQConfig(
         bits=job.bits,
