@@ -75,6 +75,11 @@ class Progress:
             raise InputError(f"resume must be a folder, got the file {str(self.folder)!r}")
         file = self.folder / FIT_FILE
         if not file.exists():
+            if any(self.folder.glob("*.pt")):  # of what fit?
+                raise InputError(
+                    f"resume: {str(self.folder)!r} must hold a {FIT_FILE} beside what was saved, "
+                    "got none"
+                )
             return
         try:
             found = dict(json.loads(file.read_text()))

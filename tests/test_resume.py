@@ -219,6 +219,15 @@ def test_what_is_no_saved_fit(name, saved, tmp_path):
     assert (tmp_path / name).read_bytes() == b"nonsense"
 
 
+def test_files_of_who_knows_what(saved, tmp_path):
+    for name in ("block-0000.pt", "block-0002.pt"):
+        (tmp_path / name).write_bytes((saved / name).read_bytes())
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="must hold a fit.json beside what was saved, got none"):
+        quantized("gptq", "w4a4", tmp_path)
+    assert contents(tmp_path) == before
+
+
 def test_a_file_in_place_of_the_folder(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
