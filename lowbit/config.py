@@ -9,7 +9,8 @@ from lowbit.transforms.online import OnlineTransform
 QUANT_METHOD = "lowbit"
 # Of the checkpoint: tensor names, canonical layout, this dictionary and what its rotations are.
 # Version 1 split Hadamard orders otherwise: its weights do not fit the rotations of this one.
-VERSION = OLDEST_VERSION = 2
+# Version 2 had no clips of single modules: it is read as it was written.
+VERSION, OLDEST_VERSION = 3, 2
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class LowbitConfig:
     """How a quantized model runs.
 
     activation_clip, kv_clip  clip ratios of the dynamic quantizers, in (0, 1]
+    clips                     those of single modules, linear's or attention's full name -> ratio
     input_transforms          linear's name inside its block -> rotation of its input before it is
                               quantized, e.g. "mlp.down_proj"
     query_key_transform       rotation of q and k after RoPE; None: none
@@ -27,6 +29,7 @@ class LowbitConfig:
     recipe: str
     activation_clip: float = 1.0
     kv_clip: float = 1.0
+    clips: dict[str, float] = field(default_factory=dict)
     input_transforms: dict[str, OnlineTransform] = field(default_factory=dict)
     query_key_transform: OnlineTransform | None = None
     report: dict = field(default_factory=dict)
@@ -42,6 +45,7 @@ class LowbitConfig:
             "recipe": self.recipe,
             "activation_clip": self.activation_clip,
             "kv_clip": self.kv_clip,
+            "clips": self.clips,
             "input_transforms": {k: t.to_dict() for k, t in self.input_transforms.items()},
             "query_key_transform": query_key and query_key.to_dict(),
             "report": self.report,
@@ -67,13 +71,21 @@ class LowbitConfig:
         missing = {"format", "recipe", "activation_clip", "kv_clip", "input_transforms"} - set(d)
         if missing:
             raise InputError(f"quantization_config must hold {sorted(missing)}, got {sorted(d)}")
+        clips = d.get("clips", {})
+        if not isinstance(clips, dict) or not all(map(_is_clip, clips.values())):
+            raise InputError(f"clips must be numbers in (0, 1] by module, got {clips}")
         query_key = d.get("query_key_transform")
         return cls(
             format=QuantFormat.parse(d["format"]),
             recipe=d["recipe"],
             activation_clip=d["activation_clip"],
             kv_clip=d["kv_clip"],
+            clips=clips,
             input_transforms={k: OnlineTransform(**t) for k, t in d["input_transforms"].items()},
             query_key_transform=query_key and OnlineTransform(**query_key),
             report=d.get("report", {}),
         )
+
+
+def _is_clip(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1

@@ -31,13 +31,16 @@ def swap(model: PreTrainedModel, adapter: Adapter, config: LowbitConfig) -> PreT
             f"input_transforms must name quantized linears of a block, got "
             f"{unknown or sorted(config.input_transforms)} with format {quantized}"
         )
-    for block in model.get_submodule(adapter.block_path):
+    _check_clips(model, adapter, config)
+    for index, block in enumerate(model.get_submodule(adapter.block_path)):
+        path = f"{adapter.block_path}.{index}"
         if quantized.weight is not None:
             device = next(block.parameters()).device
             for name in adapter.linears:
                 linear = _quant_linear(
                     block.get_submodule(name),
                     config,
+                    config.clips.get(f"{path}.{name}", config.activation_clip),
                     config.input_transforms.get(name),
                     model.dtype,
                     device,
@@ -50,7 +53,7 @@ def swap(model: PreTrainedModel, adapter: Adapter, config: LowbitConfig) -> PreT
             attention = QuantAttention(
                 block.get_submodule(adapter.attention),
                 quantized.kv,
-                config.kv_clip,
+                config.clips.get(f"{path}.{adapter.attention}", config.kv_clip),
                 config.query_key_transform,
             )
             block.set_submodule(adapter.attention, attention)
@@ -63,9 +66,24 @@ def swap(model: PreTrainedModel, adapter: Adapter, config: LowbitConfig) -> PreT
     return model
 
 
+def _check_clips(model: nn.Module, adapter: Adapter, config: LowbitConfig):
+    """Every clip of a module that quantizes: of a linear where the format quantizes activations, of
+    attention where it quantizes KV."""
+    names = adapter.linears if config.format.activation else ()
+    names += (adapter.attention,) if config.format.kv else ()
+    count = len(model.get_submodule(adapter.block_path))
+    known = {f"{adapter.block_path}.{index}.{name}" for index in range(count) for name in names}
+    unknown = sorted(config.clips.keys() - known)
+    if unknown:
+        raise InputError(
+            f"clips must name modules whose inputs or KV {config.format} quantizes, got {unknown}"
+        )
+
+
 def _quant_linear(
     linear: nn.Module,
     config: LowbitConfig,
+    activation_clip: float,
     transform: OnlineTransform | None,
     dtype: torch.dtype,
     device: torch.device,
@@ -79,7 +97,7 @@ def _quant_linear(
         config.format.weight,
         config.format.activation,
         bias=linear.bias is not None,
-        activation_clip=config.activation_clip,
+        activation_clip=activation_clip,
         transform=transform,
         dtype=dtype,
         device=device,
