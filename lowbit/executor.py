@@ -1,8 +1,8 @@
 """Executor: transforms and rounds one block after another, on calibration activations.
 
-For each block: what is fused without data, then scales, fitted to full-precision activations; then
-its linears, stage by stage, or all of them at once by a block rounder, on what the rounder asks for
-(`streams`, lowbit/streams.py):
+For each block: what is fused without data, then scales and maps, fitted to full-precision
+activations; then its linears, stage by stage, or all of them at once by a block rounder, on what
+the rounder asks for (`streams`, lowbit/streams.py):
 
     nothing             RTN
     "full"              inputs in full precision, of the block as it was
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.finished import FinishedBlock
+from lowbit.flattening import Flat
 from lowbit.formats import PackedTensor, QuantFormat
 from lowbit.ops import dequantize
 from lowbit.recipes import Recipe
 from lowbit.rounding import BlockRounder, Statistics, quadratic_error, statistics_of
 from lowbit.rounding.block import BlockProblem
+from lowbit.rounding.grid import WeightGrid
 from lowbit.rounding.learned import quantized_through
 from lowbit.streams import Stream, check_finite
 from lowbit.transforms import FittedTransforms
@@ -38,7 +40,8 @@ def needed_streams(recipe: Recipe, format: QuantFormat) -> set[str]:
     """Which calibration activations a recipe takes."""
     if format.weight is None:
         return set()
-    return set(recipe.rounding.streams) | ({"full"} if recipe.scales else set())
+    fitted = recipe.scales or recipe.flattening is not None
+    return set(recipe.rounding.streams) | ({"full"} if fitted else set())
 
 
 class Executor:
@@ -89,7 +92,7 @@ class Executor:
         self.fitted.fuse_block(block, index)
         if self.format.weight is None:
             report = {"rounding": {}, "scales": {}, "block": {}}
-            return FinishedBlock({}, {}, {}, report, self.generator.get_state())
+            return FinishedBlock({}, {}, {}, Flat(), report, self.generator.get_state())
         handles = self.fitted.hook_online(block, index)
         scales = {
             scale.space: scale.fit_and_fuse(
@@ -101,6 +104,8 @@ class Executor:
             )
             for scale in self.fitted.scales
         }
+        self.flat, self.grids, online = self._flatten(block, index)
+        handles += online
         original = problem = None
         if isinstance(self.rounder, BlockRounder):
             problem = self._problem(block, index)
@@ -118,10 +123,11 @@ class Executor:
             {name: weight for name, (weight, _) in rounded.items()},
             dict(block.named_parameters()),
             {space: scale for space, (scale, _) in scales.items()},
+            self.flat,
             {
                 "rounding": {name: report for name, (_, report) in rounded.items()},
                 "scales": {space: report for space, (_, report) in scales.items()},
-                "block": learned,
+                "block": learned | self.flat.report,
             },
             self.generator.get_state(),
         )
@@ -135,6 +141,8 @@ class Executor:
         handles = self.fitted.hook_online(block, index)
         for space, scale in finished.scales.items():
             fuse_scale(block, self.adapter.spaces[space], scale)
+        self.flat = finished.flat
+        handles += self.flat.put_into(block, self.adapter)
         if self.full:
             self.full.advance(block)
         finished.put_into(block)
@@ -148,6 +156,47 @@ class Executor:
             handle.remove()
         for name in self.adapter.linears:
             block.get_submodule(name).weight = None
+
+    @torch.no_grad()
+    def _flatten(self, block: nn.Module, index: int) -> tuple[Flat, dict[str, WeightGrid], list]:
+        """What is learned of a block, linear -> grid of its weight, and handles of hooks for what
+        is online; the rest is fused."""
+        if self.recipe.flattening is None:
+            return Flat(), {}, []
+        inputs = list(self.full.hidden)
+        targets = [self.full.forward(block, hidden) for hidden in inputs]
+        check_finite(f"in block {index}", *targets)
+        twin = copy.deepcopy(block)
+        problem = BlockProblem(
+            twin,
+            self.adapter.linears,
+            self.format.weight,
+            tuple(self.adapter.spaces[scale.space] for scale in self.fitted.scales),
+            lambda hidden, tensors: self.full.forward(twin, hidden, tensors),
+            inputs,
+            [targets],
+        )
+        flat, ranges = self.recipe.flattening.fit(
+            problem, self.fitted, self.format, index, self.generator, self.show
+        )
+        report = flat.report
+        if "stopped" in report:
+            self.say(
+                f"warning: block {index}: the loss was not finite in step {report['stopped']}, "
+                "maps and clips learned until then count"
+            )
+        if report["step"] is None and report["start_error"]:
+            self.say(
+                f"warning: block {index}: learned maps and clips are no better than those it "
+                "began with, which are kept"
+            )
+        self.show(f"block error {report['error']:.4f}, at first {report['start_error']:.4f}")
+        handles = flat.put_into(block, self.adapter)
+        grids = {
+            name: share_of(block.get_submodule(name).weight).grid
+            for name, share_of in zip(self.adapter.linears, ranges, strict=True)
+        }
+        return flat, grids, handles
 
     def _problem(self, block: nn.Module, index: int) -> BlockProblem:
         """What a block rounder gets. Before its quantizers are hooked in: the full stream advances,
@@ -220,7 +269,9 @@ class Executor:
         rounder = self.rounder
         if rounder.clip.startswith("output") and name in self.adapter.scores:
             rounder = replace(rounder, clip="none")  # AWQ's choice: what a score costs is not seen
-        packed, report = rounder.round(linear.weight, self.format.weight, statistics)
+        grid = self.grids.get(name)
+        given = () if grid is None else (grid,)
+        packed, report = rounder.round(linear.weight, self.format.weight, statistics, *given)
         if "damp" in report and report["damp"] is None:
             self.say(
                 f"warning: block {index}, {name}: no damping made its Hessian positive definite, "
@@ -237,14 +288,15 @@ class Executor:
 
     def _hook_quantizers(self, block: nn.Module) -> list:
         """Handles of the hooks that quantize what the linears read, where the rounder asks."""
-        format, clip = self.format.activation, self.activation_clip
+        format = self.format.activation
         if format is None or not self.rounder.quantized_inputs:
             return []
 
-        def quantized(_module, args):
-            return quantized_through(args[0], format, clip), *args[1:]
+        def quantizer(clip: float):
+            return lambda _module, args: (quantized_through(args[0], format, clip), *args[1:])
 
+        clips = dict.fromkeys(self.adapter.linears, self.activation_clip) | self.flat.clips
         return [
-            block.get_submodule(name).register_forward_pre_hook(quantized)
+            block.get_submodule(name).register_forward_pre_hook(quantizer(clips[name]))
             for name in self.adapter.linears
         ]

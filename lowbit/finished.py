@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowbit.flattening import Flat
 from lowbit.formats import IntFormat, Layout, PackedTensor
 from lowbit.ops import dequantize
+from lowbit.transforms import Map
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class FinishedBlock:
     packed      linear -> its packed weight, canonical
     parameters  the block's others, fp32, as transforms and the rounder left them
     scales      space -> what its channels were scaled by [dim * inner] before they were rounded
+    flat        what was learned in front of its linears
     report      "rounding" by linear, "scales" by space, "block": what was measured
     generator   the state of the executor's random numbers after it
     """
@@ -26,6 +29,7 @@ class FinishedBlock:
     packed: dict[str, PackedTensor]
     parameters: dict[str, Tensor]
     scales: dict[str, Tensor]
+    flat: Flat
     report: dict[str, dict]
     generator: Tensor
 
@@ -46,15 +50,21 @@ class FinishedBlock:
             "packed": packed,
             "parameters": {name: t.detach().cpu() for name, t in self.parameters.items()},
             "scales": {name: t.cpu() for name, t in self.scales.items()},
+            "flat": self.flat.state(),
             "report": self.report,
             "generator": self.generator,
         }
 
     @classmethod
     def of_state(
-        cls, state: dict, format: IntFormat | None, device: torch.device
+        cls,
+        state: dict,
+        format: IntFormat | None,
+        maps: tuple[Map, ...],
+        device: torch.device,
     ) -> "FinishedBlock":
-        """Inverse of state(), for weights of this format; tensors on `device`."""
+        """Inverse of state(), for weights of this format and maps that began as these; tensors on
+        `device`."""
         packed = {}
         for name, (shape, *parts) in state["packed"].items():
             codes, scale, zero, channel = (p if p is None else p.to(device) for p in parts)
@@ -65,4 +75,7 @@ class FinishedBlock:
             kind: {name: t.to(device) for name, t in state[kind].items()}
             for kind in ("parameters", "scales")
         }
-        return cls(packed, **on_device, report=state["report"], generator=state["generator"])
+        flat = Flat.of_state(state["flat"], maps, device)
+        return cls(
+            packed, **on_device, flat=flat, report=state["report"], generator=state["generator"]
+        )

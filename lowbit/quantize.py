@@ -110,7 +110,8 @@ def quantize(
     executor = Executor(
         model, fitted, recipe, format, windows, seed, _teller(bar), bar.set_postfix_str
     )
-    packed, report = {}, {"training": learned, "rounding": {}, "scales": {}, "blocks": {}}
+    packed, matrices, clips = {}, {}, {}
+    report = {"training": learned, "rounding": {}, "scales": {}, "blocks": {}}
     for index, block in bar:
         if stored:
             stored.load(f"{adapter.block_path}.{index}")
@@ -119,21 +120,23 @@ def quantize(
             finished = executor.run(block.float(), index)
             saved.save(f"block-{index:04d}", finished.state())
         else:
-            finished = FinishedBlock.of_state(state, format.weight, model.device)
+            finished = FinishedBlock.of_state(state, format.weight, fitted.maps, model.device)
             executor.replay(block.float(), index, finished)
-        for name, weight in finished.packed.items():
-            packed[f"{adapter.block_path}.{index}.{name}"] = weight
+        path = f"{adapter.block_path}.{index}"
+        clips.update((f"{path}.{name}", clip) for name, clip in finished.flat.clips.items())
+        matrices[index] = fitted.learned_matrices(index) | finished.flat.online(adapter)
+        packed.update((f"{path}.{name}", weight) for name, weight in finished.packed.items())
         for kind in ("rounding", "scales"):
             report[kind].update((f"{index}.{k}", v) for k, v in finished.report[kind].items())
         report["blocks"][str(index)] = finished.report["block"]
         block.to(dtype)
-    swap(model, adapter, _config(recipe, format, fitted, seed, windows, report))
+    swap(model, adapter, _config(recipe, format, fitted, seed, windows, clips, report))
     for name, weight in packed.items():
         model.get_submodule(name).assign(weight)
     for index, block in enumerate(blocks):
-        for name, matrices in fitted.learned_matrices(index).items():
+        for name, learned in matrices[index].items():
             if name != adapter.attention or format.kv is not None:
-                block.get_submodule(name).rotation.assign(matrices)
+                block.get_submodule(name).rotation.assign(learned)
     return model
 
 
@@ -215,6 +218,7 @@ def _config(
     fitted: FittedTransforms,
     seed: int,
     windows: Tensor | None,
+    clips: dict[str, float],
     found: dict,
 ) -> LowbitConfig:
     activation_clip, kv_clip = recipe.clips(format)
@@ -223,6 +227,7 @@ def _config(
         recipe=recipe.name,
         activation_clip=activation_clip,
         kv_clip=kv_clip,
+        clips=clips,
         input_transforms=fitted.input_transforms,
         query_key_transform=fitted.query_key if format.kv else None,
         report={

@@ -6,6 +6,8 @@ FEW = {
     "rounding.steps": 4,
     "rounding.epochs": 4,
     "rounding.batch": 8,
+    "flattening.epochs": 2,
+    "flattening.batch": 8,
     "training.steps": 2,
     "training.batch": 2,
 }

@@ -33,7 +33,11 @@ METHODS = {
     "os+": ("w4a4", [f"transforms.{i}.fit.{s}" for i in (0, 1) for s in ("steps=5", "tokens=64")]),
     "autoround": ("w2a16g32-wasym", []),
     "omniquant-let": ("w4a4", ["rounding.batch=1", "rounding.epochs=2"]),
-    "spinquant-rtn": ("w4a4kv4", ["training.batch=3", "rounding.clip=none"]),
+    "spinquant-rtn": (
+        "w4a4kv4",
+        ["training.batch=3", "training.autocast=False", "rounding.clip=none"],
+    ),
+    "flatquant-gptaq": ("w4a4kv4", []),
     "dartquant": ("w8a8kv8", ["training.steps=4", "rounding.clip=none"]),
 }
 

@@ -25,7 +25,7 @@ from lowbit.training import Training
 BLOCKS = 3
 CALIBRATION = tiny_tokens(9, 32, seed=9)
 # What each leaves for later blocks: weights; a full stream beside the rounded one; random batches;
-# scales that were fitted, and those that were learned; rotations, fused and online; nothing.
+# scales that were fitted, and those that were learned; rotations, fused and online; maps; nothing.
 METHODS = {
     "gptq": ("gptq", "w4a4kv4"),
     "gptaq": ("gptaq", "w4a4kv4"),
@@ -36,6 +36,8 @@ METHODS = {
     "spinquant": ("spinquant", "w4a4kv4"),
     "duarot-rtn": ("duarot-rtn", "w4a4kv4"),
     "dartquant": ("dartquant", "w4a8g32-wtwolevel"),
+    "flatquant": ("flatquant", "w4a4kv4"),
+    "flatquant-gptaq": ("flatquant-gptaq", "w4a4kv4"),
     "quarot": ("quarot", "w16a16kv4"),
 }
 

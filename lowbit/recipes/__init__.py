@@ -7,6 +7,7 @@ from lowbit.recipes import (
     autoround,
     dartquant,
     duarot,
+    flatquant,
     omniquant,
     plain,
     quarot,
@@ -21,7 +22,7 @@ from lowbit.recipes.recipe import (
     settings_of,
 )
 
-MODULES = (plain, scales, autoround, omniquant, quarot, spinquant, duarot, dartquant)
+MODULES = (plain, scales, autoround, omniquant, quarot, spinquant, duarot, dartquant, flatquant)
 RECIPES = {
     recipe.name: recipe
     for module in MODULES

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 from lowbit.distribution import Distribution
 from lowbit.errors import InputError
+from lowbit.flattening import Flattening
 from lowbit.formats import QuantFormat
-from lowbit.rounding import Rounder
+from lowbit.rounding import GPTQ, RTN, Rounder
 from lowbit.training import Training
-from lowbit.transforms import FoldNorms, LearnRotation, Rotate, Scale
+from lowbit.transforms import FoldNorms, LearnMap, LearnRotation, Rotate, Scale
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Recipe:
     reproduces  (source, method) or (source, method, weight_method): the rows it stands for of
                 lowbit/data/published_tables.csv
     training    how learned rotations are learned
+    flattening  how maps are learned, scales further, and clips of weights, inputs and KV, which
+                take the place of the recipe's clips; for rounders that take grids
     The clips map a bit width to a ratio; widths not named keep the whole range (1.0).
     """
 
@@ -33,12 +36,22 @@ class Recipe:
     summary: str
     source: str
     rounding: Rounder
-    transforms: tuple[FoldNorms | Rotate | LearnRotation | Scale, ...] = ()
+    transforms: tuple[FoldNorms | Rotate | LearnRotation | LearnMap | Scale, ...] = ()
     activation_clip: dict[int, float] = field(default_factory=dict)
     kv_clip: dict[int, float] = field(default_factory=dict)
     calibration: Calibration = Calibration()
     training: Training | Distribution | None = None
+    flattening: Flattening | None = None
     reproduces: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self):
+        if self.flattening is None and any(isinstance(t, LearnMap) for t in self.transforms):
+            raise InputError(f"recipe {self.name} has a LearnMap: flattening must be given")
+        if self.flattening is not None and not isinstance(self.rounding, RTN | GPTQ):
+            raise InputError(
+                "flattening learns the ranges of weights: rounding must be RTN, GPTQ, GPTAQ or "
+                f"Qronos, got {type(self.rounding).__name__}"
+            )
 
     def clips(self, format: QuantFormat) -> tuple[float, float]:
         """(activation clip, KV clip) for a format."""

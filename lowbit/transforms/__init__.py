@@ -2,6 +2,7 @@
 
 from lowbit.transforms.fuse import FittedTransforms, FoldNorms, fit, rotate
 from lowbit.transforms.learned import LearnedRotation, LearnRotation
+from lowbit.transforms.maps import LearnMap, Map
 from lowbit.transforms.online import OnlineTransform
 from lowbit.transforms.rotation import Rotate, Rotation
 from lowbit.transforms.scale import AWQ, OutlierSuppressionPlus, Scale, SmoothQuant
@@ -10,8 +11,10 @@ __all__ = [
     "AWQ",
     "FittedTransforms",
     "FoldNorms",
+    "LearnMap",
     "LearnRotation",
     "LearnedRotation",
+    "Map",
     "OnlineTransform",
     "OutlierSuppressionPlus",
     "Rotate",

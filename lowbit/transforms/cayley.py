@@ -55,6 +55,13 @@ def cayley_step(x: Tensor, gradient: Tensor, lr: float) -> Tensor:
     return torch.linalg.solve(eye + step * skew, x - step * skew @ x)
 
 
+def cayley(x: Tensor) -> Tensor:
+    """The rotation (I + S)^-1 (I - S), S = x - x^T, of any x [..., n, n]; of 0 it is I."""
+    skew = x - x.mT
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return torch.linalg.solve(eye + skew, eye - skew)
+
+
 def nearest_orthogonal(x: Tensor) -> Tensor:
     """The orthogonal factor of the polar decomposition of x [..., n, n]."""
     u, _, vh = torch.linalg.svd(x)

@@ -9,6 +9,7 @@ from lowbit.errors import InputError
 from lowbit.models.spaces import Adapter, Norm
 from lowbit.transforms.cost import Costs
 from lowbit.transforms.learned import LearnedRotation, LearnRotation
+from lowbit.transforms.maps import LearnMap, Map
 from lowbit.transforms.online import OnlineTransform
 from lowbit.transforms.rotation import ROWS_AT_ONCE, Rotate, Rotation
 from lowbit.transforms.scale import Scale
@@ -21,13 +22,14 @@ class FoldNorms:
 
 @dataclass(frozen=True)
 class FittedTransforms:
-    """The transforms of a recipe that take no calibration, fitted to one model; and its scales,
-    which the executor fits block by block."""
+    """The transforms of a recipe that take no calibration, fitted to one model; and its scales and
+    maps, which the executor fits block by block, the maps as they begin."""
 
     adapter: Adapter
     fold_norms: bool
     rotations: tuple[Rotation | LearnedRotation, ...]
     scales: tuple[Scale, ...] = ()
+    maps: tuple[Map, ...] = ()
 
     @property
     def learned(self) -> dict[str, LearnedRotation]:
@@ -46,7 +48,8 @@ class FittedTransforms:
     @property
     def input_transforms(self) -> dict[str, OnlineTransform]:
         """linear -> the online transform in front of it."""
-        return {name: rotation.base for name, rotation in self._online(0).items()}
+        online = replace(self, rotations=(*self.rotations, *self.maps))._online(0)
+        return {name: rotation.base for name, rotation in online.items()}
 
     @property
     def query_key(self) -> OnlineTransform | None:
@@ -117,7 +120,9 @@ class FittedTransforms:
 
     def report(self) -> list[str]:
         folded = ["RMSNorm gains folded into the linears that read them"] if self.fold_norms else []
-        return folded + [str(transform) for transform in (*self.rotations, *self.scales)]
+        return folded + [
+            str(transform) for transform in (*self.rotations, *self.scales, *self.maps)
+        ]
 
 
 def fit(
@@ -137,14 +142,26 @@ def fit(
         raise InputError("a rotation of the residual stream needs FoldNorms before it")
     scales = tuple(t for t in transforms if isinstance(t, Scale))
     fitted = FittedTransforms(adapter, fold_norms, tuple(rotations), scales)
+    rotated = fitted.input_transforms.keys()
     for scale in scales:
-        rotated = fitted.input_transforms.keys() & set(adapter.spaces[scale.space].readers)
-        if rotated:
+        both = rotated & set(adapter.spaces[scale.space].readers)
+        if both:
             raise InputError(
                 f"a scale of {scale.space} cannot be fused behind the online rotation of "
-                f"{', '.join(sorted(rotated))}'s input: leave out one of the two"
+                f"{', '.join(sorted(both))}'s input: leave out one of the two"
             )
-    return fitted
+    maps = tuple(t.fit(adapter.spaces[t.space]) for t in transforms if isinstance(t, LearnMap))
+    taken = set(rotated)
+    for start in maps:
+        space = adapter.spaces[start.space]
+        readers = set() if space.writers else set(space.readers)
+        if taken & readers:
+            raise InputError(
+                f"a map of {start.space} would run online in front of "
+                f"{', '.join(sorted(taken & readers))}, where something else does: leave out one"
+            )
+        taken |= readers
+    return replace(fitted, maps=maps)
 
 
 def untie(model: nn.Module):

@@ -4,6 +4,7 @@ Rotate(space)      what a recipe asks for
 Rotation           what `fit` makes of it for one model: fused in fp64, online where it must be
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +38,7 @@ class Rotation:
     def apply(self, x: Tensor) -> Tensor:
         """x R for the rows of x [..., K], in x's dtype (fp64 to fuse)."""
         if self.learned:
-            for (order, inner), matrix in zip(self.base.stages, self.learned, strict=True):
-                x = HADAMARD.reference(x, order, inner, matrix.to(x))
-            return x
+            return apply_stages(x, self.base, self.learned)
         if self.signs is not None:
             tiled = self.signs.repeat_interleave(self.base.inner)
             x = x * tiled.repeat(x.shape[-1] // tiled.numel()).to(x)
@@ -69,6 +68,13 @@ class Rotation:
         kind = ("random " if self.signs is not None else "") + self.base.kind
         inner = f" (x) I_{self.base.inner}" if self.base.inner > 1 else ""
         return f"{self.space}: {kind} of order {self.base.order}{inner}"
+
+
+def apply_stages(x: Tensor, base: OnlineTransform, matrices: Sequence[Tensor]) -> Tensor:
+    """x [..., K] times the matrix of each of base's stages, in x's dtype."""
+    for (order, inner), matrix in zip(base.stages, matrices, strict=True):
+        x = HADAMARD.reference(x, order, inner, matrix.to(x))
+    return x
 
 
 @dataclass(frozen=True)

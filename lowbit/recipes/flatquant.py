@@ -1,0 +1,49 @@
+"""FlatQuant: learned invertible maps in front of every linear, with learned clips.
+
+Sun et al. 2024, arXiv 2410.09426; written from the paper. A Kronecker map runs online before q, k
+and v, before gate and up, and before down; one across heads before o; values have a map that is
+fused. Norms are not folded. Channel scales begin as SmoothQuant's with alpha 0.3 and are fused.
+Queries and keys share one rotation, a Hadamard matrix: the paper learns a map and its inverse,
+which the op that fills the cache, with one matrix for both, does not run.
+"""
+
+from lowbit.flattening import Flattening
+from lowbit.recipes.recipe import Recipe
+from lowbit.recipes.scales import NORM_OUTPUTS, scaled
+from lowbit.rounding import GPTAQ, GPTQ, RTN
+from lowbit.transforms import LearnMap, Rotate, SmoothQuant
+
+SOURCE = "Sun et al. 2024, arXiv 2410.09426"
+SPACES = ("attention_input", "value", "heads", "mlp_input", "mlp_hidden")
+TRANSFORMS = (
+    *scaled(SmoothQuant(alpha=0.3), *NORM_OUTPUTS, "mlp_hidden"),
+    *(LearnMap(space) for space in SPACES),
+    Rotate("query_key"),
+)
+
+FLATQUANT = Recipe(
+    name="flatquant",
+    summary="learned maps in front of every linear and learned clips, GPTQ weights",
+    source=SOURCE,
+    rounding=GPTQ(),
+    transforms=TRANSFORMS,
+    flattening=Flattening(),
+)
+
+FLATQUANT_RTN = Recipe(
+    name="flatquant-rtn",
+    summary="learned maps in front of every linear and learned clips, rounded to nearest",
+    source=SOURCE,
+    rounding=RTN(),
+    transforms=TRANSFORMS,
+    flattening=Flattening(),
+)
+
+FLATQUANT_GPTAQ = Recipe(
+    name="flatquant-gptaq",
+    summary="learned maps in front of every linear and learned clips, GPTAQ weights",
+    source=f"{SOURCE}; Li et al. 2025, arXiv 2504.02692",
+    rounding=GPTAQ(),
+    transforms=TRANSFORMS,
+    flattening=Flattening(),
+)
