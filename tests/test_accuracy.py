@@ -24,7 +24,7 @@ QUANTIZERS = Path(accuracy.__file__).parent / "quantizers"
 
 # Rounds to nearest by hand, or does what its options say instead.
 FAKE = """
-import sys
+import os, sys
 sys.path.insert(0, {quantizers!r})
 import job
 job.version = lambda package: "7"
@@ -36,6 +36,8 @@ def quantize(what, windows):
         raise job.Refused("has no such thing")
     if how == "crash":
         raise RuntimeError("it broke")
+    if how == "die":
+        os.kill(os.getpid(), 9)
     for linear in job.linears_of(model).values():
         w = linear.weight.data.unflatten(-1, (-1, what.group_size))
         low, high = w.amin(-1, True).clamp(max=0), w.amax(-1, True).clamp(min=0)
@@ -102,6 +104,7 @@ def test_what_comes_back_is_measured_in_the_model_as_it_was(evaluator):
     [
         ("refuse", "^has no such thing$"),
         ("crash", "^failed: RuntimeError: it broke$"),
+        ("die", "^ended by signal 9$"),
         ("more bits", "wrong weights: .* at most 8 values, got (9|1[0-6])"),
         ("forget", "wrong weights: every linear .* model.layers.1.mlp.up_proj"),
         ("transpose", r"wrong weights: .*up_proj.weight must have shape \(96, 64\)"),
