@@ -34,6 +34,12 @@ class Stream:
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter, windows: Tensor):
         parallel.check_windows(len(windows))
+        reach = getattr(model.config, "sliding_window", None)
+        if reach is not None and windows.shape[1] > reach:
+            raise InputError(
+                f"calibration windows must be at most {reach} tokens, the model's sliding window, "
+                f"got {windows.shape[1]}"
+            )
         embed = model.get_input_embeddings()
         self.windows, self.length = windows.shape
         self.batch = max(1, TOKENS_AT_ONCE // self.length)

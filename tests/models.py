@@ -1,8 +1,17 @@
 """Tiny random models for the tests: every shape a Llama can have, in milliseconds."""
 
+import copy
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 128  # ASCII, a token each; the first three stand for the special tokens
 
@@ -18,25 +27,46 @@ def tiny_llama(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """A Llama with random weights, gains away from 1 and a few outlier channels in the residual."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
+    """tiny_model of a Llama."""
+    config = tiny_config(
+        LlamaConfig,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
-        max_position_embeddings=256,
         attention_bias=bias,
         mlp_bias=bias,
         tie_word_embeddings=tied,
-        initializer_range=0.15,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    return tiny_model(config, dtype, seed)
+
+
+def tiny_config(kind: type[PreTrainedConfig], **fields) -> PreTrainedConfig:
+    """A configuration of any architecture, small."""
+    small = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return kind(**{**small, **fields})
+
+
+def tiny_model(
+    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
+    """Random weights, gains away from 1 and a few outlier channels in the residual."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).to(dtype)
+    model = model.eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.uniform_(0.2, 1.5)
@@ -46,7 +76,7 @@ def tiny_llama(
     return exact_norms(model) if dtype == torch.float64 else model
 
 
-def exact_norms(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def exact_norms(model: PreTrainedModel) -> PreTrainedModel:
     """Norms that stay in fp64: transformers' own go through fp32 whatever the model's dtype."""
     for name, module in list(model.named_modules()):
         if name.endswith("norm"):

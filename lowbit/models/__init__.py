@@ -6,7 +6,8 @@ from lowbit.errors import InputError
 from lowbit.models.llama import llama
 from lowbit.models.spaces import Adapter
 
-ADAPTERS = {"llama": llama}  # by config.model_type
+# By config.model_type. Mistral and Qwen2 are Llamas: one has no biases, the other those of q, k, v.
+ADAPTERS = {"llama": llama, "mistral": llama, "qwen2": llama}
 
 
 def adapter_for(config: PreTrainedConfig) -> Adapter:

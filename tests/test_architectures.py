@@ -1,0 +1,95 @@
+"""Every architecture as a tiny random model of its own config class, through the whole pipeline."""
+
+import pytest
+import torch
+from brief import brief
+from helpers import assert_bitwise
+from models import tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
+from transformers import MistralConfig, Qwen2Config
+
+import lowbit
+from lowbit.errors import InputError
+from lowbit.evaluate.fake_quant import to_fake
+from lowbit.models import adapter_for
+from lowbit.models.source import open_source
+from lowbit.recipes.quarot import ROTATIONS
+from lowbit.transforms import FoldNorms, LearnRotation, rotate
+
+CONFIGS = {
+    "mistral": tiny_config(MistralConfig, sliding_window=None, head_dim=32),
+    "qwen2": tiny_config(Qwen2Config, tie_word_embeddings=True),
+}
+CALIBRATION = tiny_tokens(8, 32, seed=9)
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+def quantized(config, recipe, format="w4a4kv4"):
+    return lowbit.quantize(tiny_model(config), brief(recipe), format, CALIBRATION, progress=False)
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [ROTATIONS, (FoldNorms(), LearnRotation("residual", local=16), LearnRotation("mlp_hidden"))],
+    ids=["quarot", "learned"],
+)
+@torch.no_grad()
+def test_transforms_leave_fp64_logits_unchanged(config, transforms):
+    model = tiny_model(config, torch.float64)
+    before = model(tiny_tokens()).logits
+    rotate(model, transforms, adapter_for(model.config), 0)
+    after = model(tiny_tokens()).logits
+    assert (after - before).abs().max() < 1e-9 * before.abs().max()
+
+
+# rotations, fused and online; scales of channels; maps; a block learned
+@pytest.mark.parametrize("recipe", ["quarot", "awq", "flatquant-rtn", "autoround"])
+@torch.no_grad()
+def test_packed_and_fake_give_the_same_bits(config, recipe):
+    packed = quantized(config, recipe)
+    got = packed(tiny_tokens()).logits
+    assert_bitwise(got, to_fake(packed)(tiny_tokens()).logits)
+
+
+@torch.no_grad()
+def test_eight_bits_keep_the_function(config):
+    expected = tiny_model(config)(tiny_tokens()).logits
+    got = quantized(config, "quarot", "w8a8kv8")(tiny_tokens()).logits
+    assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@torch.no_grad()
+def test_a_ragged_batch_generates_what_its_rows_do_alone(config):
+    model = quantized(config, "quarot")
+    rows = [tiny_tokens(1, length, seed=length) for length in (5, 12, 9)]
+    width = max(row.shape[1] for row in rows)
+    batch = torch.cat([torch.nn.functional.pad(r, (width - r.shape[1], 0)) for r in rows])
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    together = model.generate(batch, attention_mask=(batch != 0).long(), **options)[:, width:]
+    for row, new in zip(rows, together, strict=True):
+        alone = model.generate(row, attention_mask=torch.ones_like(row), **options)
+        assert torch.equal(new, alone[0, row.shape[1] :])
+
+
+@torch.no_grad()
+def test_saved_and_loaded_bit_for_bit(config, tmp_path):
+    tiny_model(config).save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    model = quantized(config, "quarot")
+    stored, _ = open_source(str(tmp_path / "source"))
+    again = lowbit.quantize(stored, brief("quarot"), "w4a4kv4", CALIBRATION, progress=False)
+    lowbit.save(again, tmp_path / "packed")
+    loaded = lowbit.load(tmp_path / "packed")
+    assert_bitwise(loaded(tiny_tokens()).logits, model(tiny_tokens()).logits)
+
+
+def test_a_sliding_window_is_refused_where_it_would_be_left_out():
+    config = tiny_config(MistralConfig, sliding_window=16, head_dim=32)
+    with pytest.raises(InputError, match="at most 16 tokens, the model's sliding window, got 32"):
+        quantized(config, "gptq", "w4a16")
+    short = CALIBRATION[:, :16]
+    with pytest.raises(InputError, match="sliding_window"):
+        lowbit.quantize(tiny_model(config), "gptq", "w4a16kv4", short, progress=False)
