@@ -4,18 +4,21 @@ SpinQuant (Liu et al. 2024, arXiv 2405.16406, section 3), and DuaRot's parameter
 from the papers. A copy of the model, in fp32, has its norms folded and its fixed rotations fused;
 learned ones multiply its weights in every forward, so that their gradient is that of the loss.
 Quantizers are straight-through where they round; the gradient follows the ranges they take, so that
-what makes rows flatter is learned too. Memory: the model in fp32, its rotated weights, and the
-activations of TOKENS_AT_ONCE tokens; a model is whole in memory here, unlike in the executor.
-Several processes share the sequences of a batch.
+what makes rows flatter is learned too. Memory: a copy of the model in fp32 beside the model, which
+is whole, unlike in the executor; activations of TOKENS_AT_ONCE tokens between blocks; one block's
+own and its rotated weights, for a block runs again in the backward pass. Several processes share
+the sequences of a batch.
 """
 
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -180,6 +183,7 @@ def _trainable(
         attend_through(
             block.get_submodule(adapter.attention), _before_attending(format.kv, kv_clip, turn)
         )
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     for space, learner in turns.items():
         ends = adapter.spaces[space]
         if ends.embedding:

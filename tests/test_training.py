@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from models import tiny_llama, tiny_tokens
 
 import lowbit
@@ -282,3 +283,17 @@ def test_activations_are_those_of_the_space():
     assert [x.shape for x in found["value"]] == [(32, 16)] * 2
     power = found["residual"][1].square().mean(1)
     torch.testing.assert_close(power, torch.ones(32), rtol=1e-3, atol=0)
+
+
+def test_a_block_more_costs_its_copy_and_no_more():
+    """And what enters it: neither its rotated and rounded weights nor what they made are kept."""
+
+    def peak(blocks: int) -> int:
+        model = tiny_llama(num_layers=blocks)
+        with LiveBytes() as live:
+            learned(model, SPINQUANT[:3], replace(SHORT, steps=1, weights="none"))
+        return live.peak
+
+    block = tiny_llama().model.layers[0]
+    weights = sum(p.numel() * p.element_size() for p in block.parameters())
+    assert (peak(6) - peak(2)) / 4 < 2.5 * weights
