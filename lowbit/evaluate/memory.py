@@ -8,7 +8,6 @@ import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # man 5 proc: VmHWM starts again at what is resident now
-SLACK = 16 << 20  # by which the kernel's two counts may differ at the same moment
 
 
 @dataclass
@@ -29,21 +28,17 @@ def peak_memory(device: torch.device):
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device)
         return
+    anew = False
     with contextlib.suppress(OSError):
         CLEAR.write_text(RESET_PEAK)
-    before = _resident()
-    # Some systems take the request and do nothing: a peak of the past shows it.
-    anew = before is not None and before["VmHWM"] <= before["VmRSS"] + SLACK
+        anew = True
     yield peak
-    if anew:
-        peak.bytes = _resident()["VmHWM"]
+    if anew:  # else it would be the peak of the whole process
+        peak.bytes = _resident_peak()
 
 
-def _resident() -> dict[str, int] | None:
-    """Bytes resident now and at the peak; None on a system that does not say."""
-    if not STATUS.is_file():
-        return None
-    found = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
-    if not {"VmHWM", "VmRSS"} <= found.keys():
-        return None
-    return {name: int(found[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS")}
+def _resident_peak() -> int | None:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
