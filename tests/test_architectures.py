@@ -5,7 +5,7 @@ import torch
 from brief import brief
 from helpers import assert_bitwise
 from models import tiny_config, tiny_model, tiny_tokenizer, tiny_tokens
-from transformers import MistralConfig, Qwen2Config
+from transformers import MistralConfig, Qwen2Config, Qwen3Config
 
 import lowbit
 from lowbit.errors import InputError
@@ -18,6 +18,7 @@ from lowbit.transforms import FoldNorms, LearnRotation, rotate
 CONFIGS = {
     "mistral": tiny_config(MistralConfig, sliding_window=None, head_dim=32),
     "qwen2": tiny_config(Qwen2Config, tie_word_embeddings=True),
+    "qwen3": tiny_config(Qwen3Config, head_dim=32),
 }
 CALIBRATION = tiny_tokens(8, 32, seed=9)
 

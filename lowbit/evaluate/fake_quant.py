@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lowbit.errors import InputError
 from lowbit.formats import GROUP_SCALE_MAX, MIN_SCALE, IntFormat, Layout
-from lowbit.nn.attention import PROJECTIONS, QuantAttention
+from lowbit.nn.attention import NORMS, PROJECTIONS, QuantAttention
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.mlp import QuantMLP
 from lowbit.nn.online_map import OnlineMap
@@ -179,7 +179,9 @@ def _ordinary_mlp(module: QuantMLP) -> nn.Module:
 def _ordinary_attention(module: QuantAttention) -> nn.Module:
     with torch.device("meta"):
         attention = module.replaced(module.config, module.layer_idx)
-    for name in PROJECTIONS:
-        setattr(attention, name, getattr(module, name))
+    for name in PROJECTIONS + NORMS:
+        part = getattr(module, name)
+        if part is not None:
+            setattr(attention, name, part)
     attention.fake_kv = (module.kv, module.clip, module.rotation)
     return attention.train(module.training)

@@ -6,8 +6,9 @@ from lowbit.errors import InputError
 from lowbit.models.llama import llama
 from lowbit.models.spaces import Adapter
 
-# By config.model_type. Mistral and Qwen2 are Llamas: one has no biases, the other those of q, k, v.
-ADAPTERS = {"llama": llama, "mistral": llama, "qwen2": llama}
+# By config.model_type. Those beside Llama share its modules' names: Mistral without biases, Qwen2
+# with those of q, k and v, Qwen3 with norms of q and k, which stay where they are.
+ADAPTERS = {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama}
 
 
 def adapter_for(config: PreTrainedConfig) -> Adapter:

@@ -1,6 +1,6 @@
 """QuantAttention: attention over a quantized paged cache, with transformers' signature.
 
-    q, k, v = projections of x
+    q, k, v = projections of x, q and k through their norms
     q = kv_append(q, k, v)           RoPE, rotation, quantized K and V into the cache
     y = o_proj(kv_attention(q))      over all that the cache holds; one op, kv_attention_quant, with
                                      the rotation and quantization of o_proj's input
@@ -22,6 +22,7 @@ from lowbit.transforms.online import OnlineTransform
 
 IMPLEMENTATION = "lowbit"  # config._attn_implementation of a model with QuantAttention
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("q_norm", "k_norm")  # of each head before RoPE, where a model has them (Qwen3)
 
 
 def padding_mask(
@@ -76,6 +77,8 @@ class QuantAttention(nn.Module):
         self.replaced = type(attention)
         for name in PROJECTIONS:
             setattr(self, name, getattr(attention, name))
+        for name in NORMS:
+            setattr(self, name, getattr(attention, name, None))
         check_same_input("attention", self.q_proj, self.k_proj, self.v_proj)
         self.backend: str | None = None
         self.train(attention.training)
@@ -104,6 +107,8 @@ class QuantAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         rotate, matrix = self.rotation is not None, None
         if rotate:
             ((_, _, matrix),) = self.rotation.stages(q.device)
@@ -184,11 +189,13 @@ def _check_plain(attention: nn.Module):
     missing = [name for name in PROJECTIONS if name not in children]
     if missing:
         raise InputError(f"{kind} must have {', '.join(PROJECTIONS)}, got none named {missing}")
+    norms = NORMS if all(_is_of_heads(children.get(name), attention) for name in NORMS) else ()
     extra = [name for name, _ in attention.named_parameters(recurse=False)]
     extra += [
         name
         for name, child in children.items()
-        if name not in PROJECTIONS and ("norm" in name or any(True for _ in child.parameters()))
+        if name not in PROJECTIONS + norms
+        and ("norm" in name or any(True for _ in child.parameters()))
     ]
     for name in ("sliding_window", "attn_logit_softcapping", "attention_chunk_size"):
         if getattr(attention, name, None) or getattr(config, name, None):
@@ -197,3 +204,8 @@ def _check_plain(attention: nn.Module):
         raise InputError(
             f"quantized KV supports plain causal attention, got {kind} with {sorted(extra)}"
         )
+
+
+def _is_of_heads(norm: nn.Module | None, attention: nn.Module) -> bool:
+    """Whether it normalizes each head by itself: not so in every family that has q_norm."""
+    return tuple(getattr(getattr(norm, "weight", None), "shape", ())) == (attention.head_dim,)
