@@ -16,7 +16,7 @@ SOURCES := $(wildcard lowbit kernels tests benchmarks setup.py csrc/build_kernel
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h \
     csrc/*/*.cpp)
 
-.PHONY: help setup build demo test test-slow gpu lint format table figure clean
+.PHONY: help setup build demo test test-slow gpu lint format table methods figure clean
 
 help:
 	@echo "make demo       quantize SmolLM2-135M to w4a4kv4, load it packed, compare, generate"
@@ -29,6 +29,7 @@ help:
 	@echo "make lint       ruff, clang-format, typos"
 	@echo "make format     let ruff and clang-format rewrite the files"
 	@echo "make table      the accuracy table of README.md"
+	@echo "make methods    every method at six formats, in hours; goes on from its file (TEXTS=...)"
 	@echo "make figure     the activation figure of README.md"
 	@echo "make clean      remove what was built, the environment included"
 
@@ -76,6 +77,21 @@ format: $(READY)
 
 table: $(READY)
 	$(BIN)/lowbit table --samples 32
+
+# Of what is learned a small part of the published steps, at higher rates where these allow it.
+METHODS := rtn hqq gptq gptaq qronos smoothquant os+ awq autoround omniquant quarot-rtn quarot \
+    quarot-gptaq quarot-qronos dartquant flatquant-rtn flatquant flatquant-gptaq
+BRIEFLY := rounding.steps=50 rounding.epochs=2 flattening.epochs=1 flattening.batch=1 \
+    flattening.learning_rate=0.05 flattening.clip_learning_rate=0.2
+TRAINED := spinquant-rtn spinquant duarot-rtn duarot
+TRAINED_BRIEFLY := training.steps=16 training.batch=4 training.length=512
+TEXTS ?= manual
+TABLE = $(BIN)/lowbit table --format w4a4kv4 w4a8kv4 w4a16g64 w3a16g64 w2a16g64 w8a8 --kind packed \
+    --samples 32 --length 512 --window 512 --limit 8 --text $(TEXTS) \
+    --out benchmarks/results/methods.jsonl
+methods: $(READY)
+	$(TABLE) --recipe $(METHODS) $(addprefix --set ,$(BRIEFLY))
+	$(TABLE) --recipe $(TRAINED) $(addprefix --set ,$(TRAINED_BRIEFLY))
 
 figure: $(READY)
 	$(BIN)/lowbit plot -o docs/figures/activations.png

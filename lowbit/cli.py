@@ -98,6 +98,11 @@ def parser() -> Parser:
     p.add_argument(
         "--kind", nargs="+", choices=("packed", "fake"), default=["packed", "fake"], help="of model"
     )
+    p.add_argument(
+        "--out",
+        metavar="FILE",
+        help="append each row as it is measured; those that it has are not measured again",
+    )
     _set_option(p)
     _text_options(p, limit=10, several=True)
     _calibration_options(p)

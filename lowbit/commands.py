@@ -14,12 +14,15 @@ from lowbit import checkpoint, doctor, parallel
 from lowbit.errors import InputError
 from lowbit.evaluate import plot, published, table
 from lowbit.evaluate.fake_quant import to_fake
+from lowbit.evaluate.ledger import Ledger
 from lowbit.evaluate.perplexity import perplexity
+from lowbit.evaluate.rows import Row
 from lowbit.evaluate.size import Size, folder_bytes, size_of
 from lowbit.evaluate.text import manual_text, read_text, tokenize
 from lowbit.files import check_target
 from lowbit.formats import QuantFormat
 from lowbit.models.source import load_source, open_source, quant_method
+from lowbit.progress import fingerprint
 from lowbit.quantize import quantize, sample_windows
 from lowbit.recipes import (
     RECIPES,
@@ -262,7 +265,13 @@ def run_table(args) -> Result:
         args.limit,
         tuple(args.kind),
     )
-    full, rows = table.table(load_model, protocol, recipes, formats, windows, args.seed, _tell)
+    of = {name: str(getattr(args, name)) for name in ("model", "window", "limit", "seed", "kind")}
+    of |= {name: fingerprint([tokens]) for name, tokens in protocol.texts.items()}
+    out = args.out and Path(args.out).expanduser()
+    ledger = Ledger(out, of | {"calibration": fingerprint([windows])})
+    full, rows = table.table(
+        load_model, protocol, recipes, formats, windows, args.seed, _tell, ledger
+    )
     return {"model": args.model, **table.as_json(full, rows)}, table.markdown(full, rows)
 
 
@@ -273,7 +282,7 @@ def _named_text(name: str) -> tuple[str, str]:
     return Path(name).name, read_text(name)
 
 
-def _tell(row: table.Row):
+def _tell(row: Row):
     """A row as soon as there is one: a table takes hours, and may not come to its end."""
     found = ", ".join(f"{name} {result.measured:.3f}" for name, result in row.texts.items())
     print(f"{row.recipe} {row.format}: {found}; {row.cost.seconds:.0f} s", file=sys.stderr)

@@ -133,6 +133,25 @@ def test_table_and_plot(capsys, tmp_path, source, text):
     assert code == 0 and figure.read_bytes().startswith(b"\x89PNG"), err
 
 
+def test_a_table_goes_on_from_its_file(capsys, tmp_path, source, text, monkeypatch):
+    rows = tmp_path / "new" / "rows.jsonl"
+    common = ("--format", "w8a8", "--kind", "fake", "--text", text, *WINDOWS, "--out", rows)
+    common += ("--samples", 1, "--length", 32)
+    code, first, _ = in_process(capsys, "table", source, "--recipe", "rtn", *common)
+    assert code == 0 and len(rows.read_text().splitlines()) == 2  # full precision too
+    both = ("table", source, "--recipe", "rtn", "gptq", *common)
+    code, out, err = in_process(capsys, *both)
+    assert code == 0 and "gptq w8a8: text.txt" in err and "rtn w8a8: text.txt" not in err
+    assert first.splitlines()[-1] in out and len(rows.read_text().splitlines()) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr("lowbit.evaluate.table.quantize", None)
+        assert in_process(capsys, *both)[:2] == (0, out)
+    in_process(capsys, *both, "--set", "rounding.damp=0.3", "--seed", 1)  # other conditions
+    assert len(rows.read_text().splitlines()) == 6
+    rows.write_text("nonsense\n")
+    assert_one_line(in_process(capsys, *both), "line 1 of", "must be a row of a table")
+
+
 def test_recipes_are_listed_and_changed(capsys, tmp_path, source):
     code, out, _ = in_process(capsys, "recipes")
     lines = out.splitlines()

@@ -8,47 +8,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowbit.evaluate.fake_quant import to_fake
+from lowbit.evaluate.ledger import Ledger
 from lowbit.evaluate.memory import peak_memory
 from lowbit.evaluate.perplexity import Perplexity, paired_standard_error, perplexity
+from lowbit.evaluate.rows import Cost, Found, Result, Row
 from lowbit.quantize import quantize
 from lowbit.recipes import Recipe
 
 Texts = dict[str, Tensor]  # name -> token ids
-Found = dict[str, Perplexity]  # name of a text -> perplexity on its windows
-
-
-@dataclass(frozen=True)
-class Result:
-    """On one text. `fake` and `packed` are perplexities on the same windows (None: not asked for);
-    `difference` is packed / fake - 1; `log_ratio_error` the paired standard error of
-    log(measured / full), where measured is packed, or fake where there is no packed."""
-
-    packed: float | None
-    fake: float | None
-    difference: float | None
-    log_ratio_error: float
-
-    @property
-    def measured(self) -> float:
-        return self.fake if self.packed is None else self.packed
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of quantizing; peak_bytes None where it cannot be measured."""
-
-    seconds: float
-    peak_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """texts: name -> Result."""
-
-    recipe: str
-    format: str
-    texts: dict[str, Result]
-    cost: Cost
+NOTHING_KEPT = Ledger()
 
 
 @dataclass(frozen=True)
@@ -89,16 +57,24 @@ def table(
     calibration: Tensor | None,
     seed: int = 0,
     each=lambda row: None,
+    ledger: Ledger = NOTHING_KEPT,
 ) -> tuple[Found, list[Row]]:
     """Every recipe at every format; `load_model()` returns a fresh full-precision model, `each` is
-    called with every row as it is done."""
-    full = full_precision(load_model, protocol)
+    called with every row as it is measured, which those in the ledger are not again."""
+    full = ledger.full()
+    if full is None:
+        full = full_precision(load_model, protocol)
+        ledger.add_full(full)
     rows = []
     for format in formats:
         for recipe in recipes:
-            model, cost = quantize_at_cost(load_model(), recipe, format, calibration, seed)
-            rows.append(row_of(model.to(torch.float32), cost, full, protocol))
-            each(rows[-1])
+            row = ledger.row(recipe, format)
+            if row is None:
+                model, cost = quantize_at_cost(load_model(), recipe, format, calibration, seed)
+                row = row_of(model.to(torch.float32), cost, full, protocol)
+                ledger.add(recipe, row)
+                each(row)
+            rows.append(row)
     return full, rows
 
 

@@ -1,0 +1,75 @@
+"""Rows of a table in a file, one JSON object a line: what is there is not measured again."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lowbit.errors import InputError
+from lowbit.evaluate.perplexity import Perplexity
+from lowbit.evaluate.rows import Cost, Found, Result, Row
+from lowbit.recipes import Recipe, settings_of
+
+FULL = "full"  # in place of a recipe's name
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """path  of the file, which is made and appended to; None: nothing is kept
+    of    what all rows here are measured under, by name: rows of other conditions may be in the
+          file too, and are left alone
+    """
+
+    path: Path | None = None
+    of: dict[str, str] = field(default_factory=dict)
+
+    def full(self) -> Found | None:
+        """Full precision, by text."""
+        found = self._find(FULL, {}, "fp32")
+        return found and {name: Perplexity(**p) for name, p in found["texts"].items()}
+
+    def row(self, recipe: Recipe, format: str) -> Row | None:
+        found = self._find(recipe.name, _fields(recipe), format)
+        if found is None:
+            return None
+        texts = {name: Result(**result) for name, result in found["texts"].items()}
+        return Row(recipe.name, format, texts, Cost(**found["cost"]))
+
+    def add_full(self, found: Found):
+        self._add(FULL, {}, "fp32", {"texts": {name: asdict(p) for name, p in found.items()}})
+
+    def add(self, recipe: Recipe, row: Row):
+        measured = asdict(row)
+        kept = {name: measured[name] for name in ("texts", "cost")}
+        self._add(recipe.name, _fields(recipe), row.format, kept)
+
+    def _find(self, recipe: str, fields: dict[str, str], format: str) -> dict | None:
+        wanted = {"of": self.of, "recipe": recipe, "fields": fields, "format": format}
+        for line in self._lines():
+            if wanted.items() <= line.items():
+                return line
+        return None
+
+    def _lines(self) -> list[dict]:
+        if self.path is None or not self.path.exists():
+            return []
+        lines = []
+        for number, text in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                lines.append(dict(json.loads(text)))
+            except ValueError as error:
+                raise InputError(
+                    f"line {number} of {str(self.path)!r} must be a row of a table, got {error}"
+                ) from error
+        return lines
+
+    def _add(self, recipe: str, fields: dict[str, str], format: str, measured: dict):
+        if self.path is None:
+            return
+        line = {"of": self.of, "recipe": recipe, "fields": fields, "format": format, **measured}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _fields(recipe: Recipe) -> dict[str, str]:
+    return {name: str(value) for name, value in settings_of(recipe).items()}
