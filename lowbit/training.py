@@ -106,8 +106,9 @@ def learn_rotations(
                 _forget_ranges(twin)
             total = 0.0
             taken = torch.arange(step * training.batch, (step + 1) * training.batch)
-            for rows in windows[taken[parallel.own()] % len(windows)].split(at_once):
-                rows = rows.to(model.device)
+            own = taken[parallel.own()] % len(windows)
+            for part in own.split(at_once) if len(own) else ():
+                rows = windows[part].to(model.device)
                 with torch.autocast(rows.device.type, torch.bfloat16, training.autocast):
                     loss = twin(rows, labels=rows, use_cache=False).loss
                 loss = loss * len(rows) / training.batch

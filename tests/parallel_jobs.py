@@ -37,6 +37,10 @@ METHODS = {
         "w4a4kv4",
         ["training.batch=3", "training.autocast=False", "rounding.clip=none"],
     ),
+    "spinquant": (  # one process has no sequence
+        "w4a4kv4",
+        ["training.batch=1", "training.autocast=False", "rounding.clip=none"],
+    ),
     "flatquant-gptaq": ("w4a4kv4", []),
     "dartquant": ("w8a8kv8", ["training.steps=4", "rounding.clip=none"]),
 }
