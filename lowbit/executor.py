@@ -108,7 +108,7 @@ class Executor:
         handles += online
         original = problem = None
         if isinstance(self.rounder, BlockRounder):
-            problem = self._problem(block, index)
+            problem = self._rounding_problem(block, index)
         elif len(self.rounder.streams) == 2:
             original = copy.deepcopy(block)
         elif self.full and "full" not in self.rounder.streams:
@@ -165,17 +165,7 @@ class Executor:
             return Flat(), {}, []
         inputs = list(self.full.hidden)
         targets = [self.full.forward(block, hidden) for hidden in inputs]
-        check_finite(f"in block {index}", *targets)
-        twin = copy.deepcopy(block)
-        problem = BlockProblem(
-            twin,
-            self.adapter.linears,
-            self.format.weight,
-            tuple(self.adapter.spaces[scale.space] for scale in self.fitted.scales),
-            lambda hidden, tensors: self.full.forward(twin, hidden, tensors),
-            inputs,
-            [targets],
-        )
+        problem = self._problem(copy.deepcopy(block), index, self.full, inputs, [targets])
         flat, ranges = self.recipe.flattening.fit(
             problem, self.fitted, self.format, index, self.generator, self.show
         )
@@ -198,7 +188,7 @@ class Executor:
         }
         return flat, grids, handles
 
-    def _problem(self, block: nn.Module, index: int) -> BlockProblem:
+    def _rounding_problem(self, block: nn.Module, index: int) -> BlockProblem:
         """What a block rounder gets. Before its quantizers are hooked in: the full stream advances,
         and its activations are the targets."""
         entering = self.rounded or self.full
@@ -207,13 +197,24 @@ class Executor:
             targets.append([entering.forward(block, hidden) for hidden in inputs])
         self.full.advance(block)
         targets.append(list(self.full.hidden))
-        check_finite(f"entering block {index}", *(piece for pieces in targets for piece in pieces))
+        return self._problem(block, index, entering, inputs, targets)
+
+    def _problem(
+        self,
+        block: nn.Module,
+        index: int,
+        stream: Stream,
+        inputs: list[Tensor],
+        targets: list[list[Tensor]],
+    ) -> BlockProblem:
+        """Of pieces of `stream` as they enter the block, and those that should leave it."""
+        check_finite(f"in block {index}", *(piece for pieces in targets for piece in pieces))
         return BlockProblem(
             block,
             self.adapter.linears,
             self.format.weight,
             tuple(self.adapter.spaces[scale.space] for scale in self.fitted.scales),
-            lambda hidden, tensors: entering.forward(block, hidden, tensors),
+            lambda hidden, tensors: stream.forward(block, hidden, tensors),
             inputs,
             targets,
         )
