@@ -193,8 +193,8 @@ class PackedTensor:
 
 
 GRAMMAR = (
-    "w<bits>a<bits>[kv<bits>][g<group>][-wasym|-wtwolevel][-aasym], bits 2..8 or 16, "
-    "group 32, 64 or 128"
+    "w<bits>a<bits>[kv<bits>][g<group>][-wasym|-wtwolevel][-aasym][-head<bits>], "
+    "bits 2..8 or 16, group 32, 64 or 128"
 )
 KNOWN_NAMES = (
     "w4a4kv4",
@@ -212,21 +212,27 @@ KNOWN_NAMES = (
     "w2a16g128",
     "w2a16g32",
 )
-_NAME = re.compile(r"w(\d+)a(\d+)(?:kv(\d+))?(?:g(\d+))?(-wasym|-wtwolevel)?(-aasym)?")
+_NAME = re.compile(
+    r"w(\d+)a(\d+)(?:kv(\d+))?(?:g(\d+))?(-wasym|-wtwolevel)?(-aasym)?(?:-head(\d+))?"
+)
 
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """Formats of a model's linear weights, their inputs and its KV cache; None: left unquantized.
+    """Formats of a model: linear weights, their inputs, KV cache, the output head's weight.
+
+    None: left unquantized, as what the head reads always is.
 
     `parse` and `name` are inverses. Weights: per output channel or per group along K, symmetric
     unless `-wasym`, of two levels with `-wtwolevel`. Activations: per token, symmetric unless
-    `-aasym`. KV: per token and KV head, one group of head_dim elements, asymmetric.
+    `-aasym`. KV: per token and KV head, one group of head_dim elements, asymmetric. Head: per row,
+    symmetric.
     """
 
     weight: IntFormat | None
     activation: IntFormat | None = None
     kv: IntFormat | None = None
+    head: IntFormat | None = None
 
     def __post_init__(self):
         w, a, kv = self.weight, self.activation, self.kv
@@ -242,6 +248,8 @@ class QuantFormat:
             raise InputError("activations are quantized per token: they have no group size")
         if kv is not None and (kv.symmetric or kv.group_size is not None):
             raise InputError("the KV cache is asymmetric, one group per token and head")
+        if self.head is not None and self.head != IntFormat(self.head.bits):
+            raise InputError("the output head is symmetric, one group per row")
 
     @property
     def name(self) -> str:
@@ -254,6 +262,7 @@ class QuantFormat:
             + ("" if w is None or w.symmetric else "-wasym")
             + ("-wtwolevel" if w is not None and w.two_level else "")
             + ("" if a is None or a.symmetric else "-aasym")
+            + ("" if self.head is None else f"-head{self.head.bits}")
         )
 
     @classmethod
@@ -262,13 +271,14 @@ class QuantFormat:
         match = _NAME.fullmatch(name)
         if match is None:
             raise InputError(_not_understood(name))
-        w, a, kv, group, weight, activation_asym = match.groups()
+        w, a, kv, group, weight, activation_asym, head = match.groups()
         group_size, two_level = int(group) if group else None, weight == "-wtwolevel"
         try:
             result = cls(
                 weight=_int_format(w, weight != "-wasym", group_size, two_level),
                 activation=_int_format(a, not activation_asym),
                 kv=_int_format(kv, symmetric=False) if kv else None,
+                head=_int_format(head, symmetric=True) if head else None,
             )
         except InputError as error:
             raise InputError(f"{_not_understood(name)} ({error})") from None

@@ -37,6 +37,7 @@ from lowbit.models.stored import StoredModel
 from lowbit.nn.swap import swap
 from lowbit.progress import Progress, fingerprint
 from lowbit.recipes import Calibration, Recipe, recipe_named, settings_of
+from lowbit.rounding import RTN
 from lowbit.transforms import (
     FittedTransforms,
     FoldNorms,
@@ -134,6 +135,9 @@ def quantize(
             report[kind].update((f"{index}.{k}", v) for k, v in finished.report[kind].items())
         report["blocks"][str(index)] = finished.report["block"]
         block.to(dtype)
+    if format.head is not None:
+        weight = model.get_output_embeddings().weight.float()
+        packed[adapter.head], _ = RTN().round(weight, format.head)
     made = made_from(model.config, recipe)
     if windows is not None and calibration is not None:
         made["calibration_text"] = "TEXT" if isinstance(calibration, str) else "WINDOWS"
@@ -259,19 +263,22 @@ def check_weights(
         bad = sum(int((~rows.isfinite()).sum()) for rows in tensor.split(ROWS_AT_ONCE))
         if bad:
             raise InputError(f"weights must be finite, got {bad} NaN or inf in {name}")
-    if format.weight is None:
-        return
-    block = model.get_submodule(adapter.block_path)[0]
-    for name in adapter.linears:
-        K = block.get_submodule(name).in_features
+    rows = []
+    if format.weight is not None:
+        block = model.get_submodule(adapter.block_path)[0]
+        sizes = {name: block.get_submodule(name).in_features for name in adapter.linears}
+        rows += [(name, K, format.weight) for name, K in sizes.items()]
+    if format.head is not None:
+        rows.append((adapter.head, model.get_output_embeddings().in_features, format.head))
+    for name, K, weight in rows:
         try:
-            format.weight.num_groups(K)
+            weight.num_groups(K)
         except InputError as error:
             raise InputError(f"{format}: {name}: {error}") from None
-        if K * format.weight.storage_bits % 8:
+        if K * weight.storage_bits % 8:
             raise InputError(
                 f"{format}: {name}: a row must fill whole bytes, got {K} codes of "
-                f"{format.weight.storage_bits} bits"
+                f"{weight.storage_bits} bits"
             )
 
 

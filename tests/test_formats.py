@@ -39,13 +39,14 @@ def valid_formats():
                 yield QuantFormat(IntFormat(b, symmetric, group_size, True), activation, kv)
     for kv in caches:
         yield QuantFormat(None, None, kv)
+        yield QuantFormat(IntFormat(4), IntFormat(4), kv, IntFormat(8))
 
 
 def test_parse_and_name_are_inverses():
     formats = list(valid_formats())
     names = [f.name for f in formats]
     two_level = 3 * 3 * 8 * 14  # bits, groups, caches, activations
-    assert len(set(names)) == len(formats) == len(BITS) * 4 * 8 * (15 + 1) + two_level + 8
+    assert len(set(names)) == len(formats) == len(BITS) * 4 * 8 * (15 + 1) + two_level + 8 + 8
     assert [QuantFormat.parse(n) for n in names] == formats
     assert str(formats[0]) == formats[0].name
 

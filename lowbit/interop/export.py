@@ -32,6 +32,8 @@ def export(
     if config is None:
         raise InputError(f"export needs a model quantized by lowbit, got {type(model).__name__}")
     try:
+        if config.format.head is not None:
+            raise InputError(f"its output head is not quantized, got {config.format}")
         quantization = WRITERS[to].quantization_config(config, model.dtype)
         tensors = _tensors(model, to)
     except InputError as error:

@@ -170,6 +170,11 @@ class Adapter:
         return tuple(name for stage in self.stages for name in stage)
 
     @property
+    def head(self) -> str:
+        """The output head."""
+        return self.final_norm.readers[0]
+
+    @property
     def mlps(self) -> tuple[str, ...]:
         """The MLPs of a block."""
         return tuple(f"{self.mlp}.{e}" for e in range(self.experts)) or (self.mlp,)

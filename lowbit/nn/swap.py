@@ -7,6 +7,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from lowbit.config import LowbitConfig
 from lowbit.errors import InputError
+from lowbit.formats import IntFormat
 from lowbit.models.spaces import Adapter
 from lowbit.nn.attention import IMPLEMENTATION, QuantAttention
 from lowbit.nn.kv_cache import QuantKVCache
@@ -44,11 +45,12 @@ def swap(model: PreTrainedModel, adapter: Adapter, config: LowbitConfig) -> PreT
             for name in adapter.linears:
                 linear = _quant_linear(
                     block.get_submodule(name),
-                    config,
-                    config.clips.get(f"{path}.{name}", config.activation_clip),
-                    config.input_transforms.get(name),
+                    quantized.weight,
+                    quantized.activation,
                     model.dtype,
                     device,
+                    config.clips.get(f"{path}.{name}", config.activation_clip),
+                    config.input_transforms.get(name),
                 )
                 block.set_submodule(name, linear)
         if quantized.activation is not None and adapter.mlp_parts is not None:
@@ -67,6 +69,12 @@ def swap(model: PreTrainedModel, adapter: Adapter, config: LowbitConfig) -> PreT
             block.set_submodule(adapter.attention, attention)
     if config.centred:
         become_rms_norm(model, adapter.final_norm)
+    if quantized.head is not None:
+        head = model.get_output_embeddings()
+        device = head.weight.device
+        head = _quant_linear(head, quantized.head, None, model.dtype, device)
+        model.set_output_embeddings(head)
+        model.config.tie_word_embeddings = False  # the embedding keeps its numbers
     if quantized.kv is not None:
         model.set_attn_implementation(IMPLEMENTATION)
         base = model.get_submodule(adapter.base_path)
@@ -92,11 +100,12 @@ def _check_clips(model: nn.Module, adapter: Adapter, config: LowbitConfig):
 
 def _quant_linear(
     linear: nn.Module,
-    config: LowbitConfig,
-    activation_clip: float,
-    transform: OnlineTransform | None,
+    weight: IntFormat,
+    activation: IntFormat | None,
     dtype: torch.dtype,
     device: torch.device,
+    activation_clip: float = 1.0,
+    transform: OnlineTransform | None = None,
 ) -> QuantLinear:
     """Of the shape of `linear`, whose own weight may be gone already."""
     if isinstance(linear, QuantLinear):
@@ -104,8 +113,8 @@ def _quant_linear(
     module = QuantLinear(
         linear.in_features,
         linear.out_features,
-        config.format.weight,
-        config.format.activation,
+        weight,
+        activation,
         bias=linear.bias is not None,
         activation_clip=activation_clip,
         transform=transform,
