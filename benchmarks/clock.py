@@ -135,6 +135,14 @@ def clock_of(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
+def repeated(clock: Clock, prepared: Prepared) -> Timing:
+    """Of one call again and again: of one so long that what lies in the L2 does not matter."""
+    repeats = min(REPEATS, max(FEWEST_REPEATS, int(BUDGET_US / prepared.estimate)))
+    spans = [clock.span(prepared.once) for _ in range(repeats)]
+    clock.finish()
+    return Timing.of([clock.microseconds(span) for span in spans])
+
+
 def interleaved(clock: Clock, prepared: dict[str, Prepared]) -> dict[str, tuple[Timing, Timing]]:
     """(cold, warm) of each contender. They take turns, so that a clock that drifts meets all.
 

@@ -7,6 +7,7 @@
 #              step as a CUDA graph
 #   sanitizer  compute-sanitizer memcheck and racecheck, once per op; contexts of one split and more
 #   bench      those shapes, in what time is left, appended to a CSV row by row
+#   model      whole models of them beside bf16, the same way; not unless PARTS names it
 #
 # Settings, by environment:
 #   LOWBIT_PYTHON      the Python to use, with torch, triton and pytest; lowbit need not be installed
@@ -87,6 +88,10 @@ bench() {
     "$PYTHON" -m lowbit.cli bench $OPS --shapes $SHAPES --M $ROWS --context $CONTEXTS --csv "$CSV"
 }
 
+model() {
+    "$PYTHON" -m lowbit.cli bench model --shapes $SHAPES --csv "${CSV%.csv}-models.csv"
+}
+
 sanitizer() {
     local tool
     tool=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
@@ -100,7 +105,7 @@ sanitizer() {
             "$PYTHON" -m benchmarks.check "$1" --context 64 600 || { echo "$0 $1: FAILED"; exit 1; }'
 }
 
-export -f build check tests bench sanitizer
+export -f build check tests bench model sanitizer
 export ROOT OPS ROWS JOBS
 for name in $PARTS; do
     case $name in
@@ -109,6 +114,7 @@ for name in $PARTS; do
     tests) part tests 220 25 bash -c tests ;;
     sanitizer) part sanitizer 100 40 bash -c sanitizer ;;
     bench) part bench "$LIMIT" 100 bash -c bench ;;
+    model) part model "$LIMIT" 100 bash -c model ;;
     *) echo "gpu.sh: no part $name" && FAILED+=" $name" ;;
     esac
 done

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.clock import FEWEST_REPEATS, Clock, Timing
+from benchmarks.clock import Clock, repeated
 
 ROOT = Path(__file__).resolve().parents[1]
 COPY_BYTES = {"cuda": [1 << log2 for log2 in (28, 30, 32)], "cpu": [1 << 24, 1 << 26]}
@@ -60,10 +60,7 @@ def measure_roof(clock: Clock) -> Roof:
 
 
 def _median_us(clock: Clock, run) -> float:
-    once = clock.prepare(run).once
-    spans = [clock.span(once) for _ in range(FEWEST_REPEATS)]
-    clock.finish()
-    return Timing.of([clock.microseconds(span) for span in spans]).p50
+    return repeated(clock, clock.prepare(run)).p50
 
 
 def facts(device: torch.device) -> dict[str, str]:

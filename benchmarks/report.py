@@ -66,32 +66,32 @@ _OF_TEXT = {str: str, int | None: int, float | None: float}
 PARSERS = {field.name: _OF_TEXT[field.type] for field in fields(Row)}
 
 
-def append_csv(path: Path, rows: list[Row]):
+def append_csv(path: Path, rows: list, columns: list[str] = COLUMNS):
     """Rows at the end of a CSV file, which is made with its header where there is none."""
-    check_target(path)
+    check_target(path, columns)
     is_new = _is_empty(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         if is_new:
-            writer.writerow(COLUMNS)
-        writer.writerows([_cell(getattr(row, name)) for name in COLUMNS] for row in rows)
+            writer.writerow(columns)
+        writer.writerows([_cell(getattr(row, name)) for name in columns] for row in rows)
 
 
 def _is_empty(path: Path) -> bool:
     return not path.exists() or path.stat().st_size == 0
 
 
-def check_target(path: Path):
+def check_target(path: Path, columns: list[str] = COLUMNS):
     """A file that rows are appended to is new, empty or begins with their columns."""
     if not _is_empty(path):
-        check_header(path)
+        check_header(path, columns)
 
 
-def check_header(path: Path):
+def check_header(path: Path, columns: list[str] = COLUMNS):
     with path.open(newline="", encoding="utf-8") as file:
         header = next(csv.reader(file), [])
-    if header != COLUMNS:
+    if header != columns:
         raise InputError(f"{path} must begin with the columns of a benchmark, got {header[:3]}...")
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, report
+from benchmarks import end_to_end, machine, report
 from benchmarks.clock import clock_of
 from benchmarks.harness import Case, run_case
 from benchmarks.shapes import CONTEXTS, ROWS, Setup, model_named
 from lowbit.errors import InputError
 from lowbit.ops.dispatch import BACKENDS
+
+WHOLE = "model"  # as an op's name: benchmarks/end_to_end.py
 
 # Where no option says otherwise. On a CPU the reference is timed, to try the benchmarks themselves.
 DEFAULT_SHAPES = {"cuda": ["llama3-8b"], "cpu": ["tiny"]}
@@ -50,8 +52,16 @@ def selected(names: list[str]) -> list[str]:
     stems = op_stems()
     for name in names:
         if name not in stems:
-            raise InputError(f"op must be one of {', '.join(stems)}, got {name!r}")
+            raise InputError(
+                f"op must be one of {', '.join(stems)}, or {WHOLE!r} alone, got {name!r}"
+            )
     return names or stems
+
+
+def _refuse(args, names: tuple[str, ...], of: str):
+    for name in names:
+        if getattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} is for {of}")
 
 
 def positive(name: str, values: list[int]):
@@ -61,6 +71,10 @@ def positive(name: str, values: list[int]):
 
 def run(args) -> tuple[dict, str]:
     """The rows, printed as they are measured; (object for --json, last line for people)."""
+    if args.op == [WHOLE]:
+        _refuse(args, ("M", "backend"), "one op, got a whole model")
+        return end_to_end.run(args, device_named(args.device))
+    _refuse(args, ("format", "prompt", "batch", "layers", "no_compile"), "lowbit bench model")
     stems, device = selected(args.op), device_named(args.device)
     kind = device.type
     models = [model_named(name) for name in args.shapes or DEFAULT_SHAPES[kind]]

@@ -13,13 +13,19 @@ CONTEXTS = tuple(1 << log2 for log2 in range(10, 18))  # 1K .. 128K tokens
 
 @dataclass(frozen=True)
 class Model:
-    """Dimensions of one decoder layer, in elements."""
+    """Dimensions in elements, of one decoder layer but for the last two.
+
+    qkv_bias  as Qwen2.5 has it
+    """
 
     hidden: int
     intermediate: int
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    num_layers: int
+    vocabulary: int
+    qkv_bias: bool = False
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -34,16 +40,16 @@ class Model:
 
 
 MODELS = {
-    "llama2-7b": Model(4096, 11008, 32, 32, 128),
-    "llama2-13b": Model(5120, 13824, 40, 40, 128),
-    "llama2-70b": Model(8192, 28672, 64, 8, 128),
-    "llama3-8b": Model(4096, 14336, 32, 8, 128),
-    "llama3-70b": Model(8192, 28672, 64, 8, 128),
-    "qwen2.5-7b": Model(3584, 18944, 28, 4, 128),
-    "qwen2.5-72b": Model(8192, 29568, 64, 8, 128),
-    "mistral-7b": Model(4096, 14336, 32, 8, 128),
-    "smollm2-135m": Model(576, 1536, 9, 3, 64),
-    "tiny": Model(256, 384, 4, 2, 64),  # of no model: for a CPU, and for a memory checker
+    "llama2-7b": Model(4096, 11008, 32, 32, 128, 32, 32000),
+    "llama2-13b": Model(5120, 13824, 40, 40, 128, 40, 32000),
+    "llama2-70b": Model(8192, 28672, 64, 8, 128, 80, 32000),
+    "llama3-8b": Model(4096, 14336, 32, 8, 128, 32, 128256),
+    "llama3-70b": Model(8192, 28672, 64, 8, 128, 80, 128256),
+    "qwen2.5-7b": Model(3584, 18944, 28, 4, 128, 28, 152064, qkv_bias=True),
+    "qwen2.5-72b": Model(8192, 29568, 64, 8, 128, 80, 152064, qkv_bias=True),
+    "mistral-7b": Model(4096, 14336, 32, 8, 128, 32, 32768),
+    "smollm2-135m": Model(576, 1536, 9, 3, 64, 30, 49152),
+    "tiny": Model(256, 384, 4, 2, 64, 2, 512),  # of no model: for a CPU, and for a memory checker
 }
 
 

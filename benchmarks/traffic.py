@@ -16,20 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import tensors
 from benchmarks.inputs import cache_bytes
 from benchmarks.shapes import MODELS, Model, model_named
-from lowbit.config import LowbitConfig
+from benchmarks.whole_models import DTYPE, config_of, packed_on_meta
 from lowbit.errors import InputError
 from lowbit.formats import QuantFormat
-from lowbit.models import adapter_for
-from lowbit.nn import StaticQuantKVCache, fuse, swap
-from lowbit.recipes.quarot import ROTATIONS
-from lowbit.transforms import fit
-
-DTYPE = torch.bfloat16  # of activations
+from lowbit.nn import StaticQuantKVCache, fuse
 
 
 @dataclass(frozen=True)
@@ -96,27 +90,8 @@ def _size(values) -> int:
 def _layer(
     model: Model, format: QuantFormat, context: int
 ) -> tuple[nn.Module, tuple[Tensor, Tensor], StaticQuantKVCache]:
-    """A fused Llama layer on the meta device, angles of one position, and a cache."""
-    config = LlamaConfig(
-        hidden_size=model.hidden,
-        intermediate_size=model.intermediate,
-        num_attention_heads=model.num_q_heads,
-        num_key_value_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        num_hidden_layers=1,
-        vocab_size=64,
-    )
-    adapter = adapter_for(config)
-    fitted = fit(ROTATIONS, adapter, seed=0)
-    with torch.device("meta"):
-        whole = LlamaForCausalLM(config).to(DTYPE)
-    lowbit_config = LowbitConfig(
-        format,
-        "quarot-rtn",
-        input_transforms=fitted.input_transforms if format.weight else {},
-        query_key_transform=fitted.query_key,
-    )
-    fuse(swap(whole, adapter, lowbit_config))
+    """A fused layer on the meta device, angles of one position, and a cache."""
+    whole = fuse(packed_on_meta(config_of(model, num_layers=1), format))
     positions = torch.zeros(1, 1, dtype=torch.int64, device="meta")
     angles = whole.model.rotary_emb(torch.empty(1, 1, model.hidden, device="meta"), positions)
     cache = StaticQuantKVCache(whole.config, format.kv, max_length=context)

@@ -169,14 +169,24 @@ def parser() -> Parser:
     p.add_argument("--backend", choices=BACKENDS, help="of every op (default: the first that can)")
     _model_options(p)
 
-    p = command("bench", commands.run_bench, "Time the ops beside other kernels; needs a checkout.")
-    p.add_argument("op", metavar="OP", nargs="*", help="such as hadamard (default: every op)")
+    p = command(
+        "bench", commands.run_bench, "Time ops or models beside other kernels; needs a checkout."
+    )
+    p.add_argument(
+        "op", metavar="OP", nargs="*", help="such as hadamard, or model (default: every op)"
+    )
     p.add_argument("--shapes", nargs="+", metavar="MODEL", help="default: llama3-8b")
     p.add_argument("--M", nargs="+", type=int, metavar="N", help="rows of activations")
     p.add_argument("--context", nargs="+", type=int, metavar="N", help="tokens in the KV cache")
     p.add_argument("--backend", choices=BACKENDS, help="default: those that are no reference")
     p.add_argument("--device", help="cuda (default), or cpu to time the references on tiny shapes")
     p.add_argument("--csv", metavar="FILE", help="append the rows to FILE")
+    p = p.add_argument_group("of lowbit bench model")
+    p.add_argument("--format", nargs="+", help="to run beside bf16")
+    p.add_argument("--prompt", nargs="+", type=int, metavar="N", help="tokens to read")
+    p.add_argument("--batch", nargs="+", type=int, metavar="N", help="sequences that decode")
+    p.add_argument("--layers", type=int, metavar="N", help="of the model (default: all)")
+    p.add_argument("--no-compile", action="store_true", help="leave out bf16 by torch.compile")
 
     p = command("doctor", commands.run_doctor, "What this machine can run, and why not the rest.")
     p.add_argument("--kernels", action="store_true", help="list every CUDA kernel of the library")
