@@ -1,4 +1,4 @@
-"""What only a GPU shows of a whole layer: a decode step can be captured, and repeats to the bit."""
+"""What only a GPU shows of whole layers: decoding is captured, and repeats to the bit."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from helpers import assert_bitwise
 from models import tiny_tokens
 from packed import packed_llama
 
-from lowbit.nn import QuantKVCache, set_backend
+from lowbit.integrations import attach
+from lowbit.nn import QuantKVCache, fuse, graphs, set_backend
 
 pytestmark = pytest.mark.gpu
 BATCH, PROMPT = 2, 24
@@ -59,3 +60,28 @@ def test_decode_step_in_a_cuda_graph(format, backend):
         assert_bitwise(got, step())
         graph.replay()
         assert_bitwise(out, got)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("format", ["w4a4kv4", "w4a16kv4"])
+def test_generate_decodes_in_graphs(format, fused, monkeypatch):
+    """By itself, to the tokens and logits of the cache that grows."""
+    model = attach(packed_llama(format, **SIZES)).to("cuda")
+    set_backend(model, None)
+    if fused:
+        fuse(model)
+    recorded, record = [], graphs.record
+    monkeypatch.setattr(graphs, "record", lambda *args: recorded.append(1) or record(*args))
+    mask = torch.ones(3, 9, dtype=torch.int64, device="cuda")
+    mask[0, :4] = mask[1, :1] = 0
+    ids = tiny_tokens(3, 9).to("cuda") * mask
+    options = {"attention_mask": mask, "max_new_tokens": 80, "do_sample": False}
+    options |= {"eos_token_id": None, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(ids, disable_compile=True, **options)
+    for _ in range(2):
+        got = model.generate(ids, **options)
+        assert torch.equal(got.sequences, expected.sequences)
+        for a, b in zip(got.logits, expected.logits, strict=True):
+            assert_bitwise(a, b)
+    assert len(recorded) == 2

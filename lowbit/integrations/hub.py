@@ -1,22 +1,41 @@
-"""save_pretrained and push_to_hub of a packed model: transformers' own, and a model card."""
+"""PackedModel: what a packed model does otherwise than its class: save_pretrained and push_to_hub
+write a model card too, generate() decodes in CUDA graphs."""
 
 import functools
 import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from transformers import PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from lowbit.model_card import CARD_FILE, write_card
+from lowbit.nn.graphs import GraphedForward, wants_graphs
 
 # Options of save_pretrained(push_to_hub=True) that are push_to_hub's.
 HUB_OPTIONS = ("repo_id", "commit_message", "private", "revision", "create_pr", "tags")
 
 
 class PackedModel:
-    """In front of a model's class: what differs where it is saved."""
+    """In front of a model's class."""
 
     plain: type[PreTrainedModel]
+
+    def generate(self, inputs=None, generation_config: GenerationConfig | None = None, **kwargs):
+        """transformers' generate with all its options; on a GPU in graphs (lowbit/nn/graphs.py).
+
+        Then the cache has room for the longest answer from the start; disable_compile=True, or a
+        cache of the caller's choice, keeps it from that.
+        """
+        if wants_graphs(self, generation_config, kwargs):
+            kwargs["cache_implementation"] = "static"
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None):
+        """What generate() decodes by with a cache of fixed size: graphs, unless a compile_config
+        asks for torch.compile."""
+        if compile_config is None and self.lowbit_config.format.kv is not None:
+            return GraphedForward(self)
+        return super().get_compiled_call(compile_config)
 
     def save_pretrained(self, save_directory: str | Path, *args, push_to_hub=False, **kwargs):
         """transformers' save_pretrained with all its options, and README.md, the model card."""
