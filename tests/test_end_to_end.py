@@ -1,15 +1,20 @@
 """benchmarks/end_to_end.py: what a row of a whole model says, and what its calls do, on a CPU."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen2Config
 
-from benchmarks import clock, end_to_end, whole_models
+from benchmarks import clock, end_to_end, report, speed_accuracy, whole_models
 from benchmarks.shapes import MODELS
 from benchmarks.whole_models import Contender, full_model, packed_model
 from lowbit import cli
+from lowbit.errors import InputError
 from lowbit.evaluate.size import size_of
 from lowbit.formats import QuantFormat
 
@@ -113,3 +118,52 @@ def test_its_options_are_not_for_ops(capsys):
     assert "--prompt is for lowbit bench model" in capsys.readouterr().err
     assert cli.main(["bench", "pack", "model", "--device", "cpu"]) == 2
     assert "op must be one of" in capsys.readouterr().err
+
+
+# the figure
+
+
+def lines_of(perplexities: dict) -> list[dict]:
+    """(recipe, format) -> perplexity, as `lowbit table --out` writes them."""
+    lines = []
+    for (recipe, format), value in perplexities.items():
+        result = {"packed": value, "fake": None, "difference": None, "log_ratio_error": 0.1}
+        found = {"perplexity": value} if recipe == "full" else result
+        lines.append({"recipe": recipe, "format": format, "texts": {"t": found}})
+    return lines
+
+
+def test_speed_against_accuracy(tmp_path):
+    speeds = {"bf16": 50.0, "bf16 compiled": 90.0, "w4a4kv4": 200.0, "w8a8kv8": 120.0}
+    rows = [
+        end_to_end.Row("tiny", 2, name, "decode", batch, 64, tokens_s=batch * speed)
+        for batch in (1, 2)
+        for name, speed in speeds.items()
+    ]
+    report.append_csv(tmp_path / "a.csv", rows, end_to_end.COLUMNS)
+    measured = {("full", "fp32"): 10.0, ("rtn", "w4a4kv4"): 99.0, ("quarot", "w4a4kv4"): 12.0}
+    measured |= {("rtn", "w2a16g64"): 50.0, ("rtn", "w8a8kv8"): 11.0}
+    lines = lines_of(measured)
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    speed = speed_accuracy.speeds(tmp_path / "a.csv", "tiny", "decode", 2, 64)
+    assert speed == {"bf16": 180.0, "w4a4kv4": 400.0, "w8a8kv8": 240.0}
+    found = {(p.recipe, p.format): p for p in speed_accuracy.points(speed, lines, "t")}
+    assert {key: (p.tokens_s, p.perplexity) for key, p in found.items()} == {
+        ("full", "bf16"): (180.0, 10.0),
+        ("rtn", "w4a4kv4"): (400.0, 99.0),
+        ("quarot", "w4a4kv4"): (400.0, 12.0),
+        ("rtn", "w8a8kv8"): (240.0, 11.0),
+    }
+    command = [sys.executable, "-m", "benchmarks.speed_accuracy", "--model", "tiny", "--text", "t"]
+    command += ["--speed", "a.csv", "--accuracy", "b.jsonl", "--tokens", "64", "-o", "c.png"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    out = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    assert [line.split()[:2] for line in out.splitlines()][0] == ["bf16", "full"]
+    assert (tmp_path / "c.png").stat().st_size > 1000
+    with pytest.raises(InputError, match="must have rows of bf16 and of a format"):
+        speed_accuracy.speeds(tmp_path / "a.csv", "tiny", "decode", 3, 64)
+    with pytest.raises(InputError, match="of the text 'u' and a timed format"):
+        speed_accuracy.points(speed, lines, "u")
