@@ -7,13 +7,14 @@ Queries and keys share one rotation, a Hadamard matrix: the paper learns a map a
 which the op that fills the cache, with one matrix for both, does not run.
 """
 
+from dataclasses import replace
+
 from lowbit.flattening import Flattening
 from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.scales import NORM_OUTPUTS, scaled
 from lowbit.rounding import GPTAQ, GPTQ, RTN
 from lowbit.transforms import LearnMap, Rotate, SmoothQuant
 
-SOURCE = "Sun et al. 2024, arXiv 2410.09426"
 SPACES = ("attention_input", "value", "heads", "mlp_input", "mlp_hidden")
 TRANSFORMS = (
     *scaled(SmoothQuant(alpha=0.3), *NORM_OUTPUTS, "mlp_hidden"),
@@ -24,26 +25,23 @@ TRANSFORMS = (
 FLATQUANT = Recipe(
     name="flatquant",
     summary="learned maps in front of every linear and learned clips, GPTQ weights",
-    source=SOURCE,
+    source="Sun et al. 2024, arXiv 2410.09426",
     rounding=GPTQ(),
     transforms=TRANSFORMS,
     flattening=Flattening(),
 )
 
-FLATQUANT_RTN = Recipe(
+FLATQUANT_RTN = replace(
+    FLATQUANT,
     name="flatquant-rtn",
     summary="learned maps in front of every linear and learned clips, rounded to nearest",
-    source=SOURCE,
     rounding=RTN(),
-    transforms=TRANSFORMS,
-    flattening=Flattening(),
 )
 
-FLATQUANT_GPTAQ = Recipe(
+FLATQUANT_GPTAQ = replace(
+    FLATQUANT,
     name="flatquant-gptaq",
     summary="learned maps in front of every linear and learned clips, GPTAQ weights",
-    source=f"{SOURCE}; Li et al. 2025, arXiv 2504.02692",
+    source=f"{FLATQUANT.source}; Li et al. 2025, arXiv 2504.02692",
     rounding=GPTAQ(),
-    transforms=TRANSFORMS,
-    flattening=Flattening(),
 )
