@@ -13,7 +13,7 @@ a CUDA graph, and a row says whether it did. Host work of generate() between tok
 
 import gc
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(report.Where):
     """One contender at one case. Numbers that there are not are None, and `why_not` says why.
 
     ms         milliseconds of one forward, percentiles
@@ -66,19 +66,10 @@ class Row:
     weight_bytes: int | None = None
     kv_bytes: int | None = None
     peak_bytes: int | None = None
-    launch: str = ""
     why_not: str = ""
-    sm_mhz: str = ""
-    memory_mhz: str = ""
-    device: str = ""
-    driver: str = ""
-    torch: str = ""
-    triton: str = ""
-    commit: str = ""
-    date: str = ""
 
 
-COLUMNS = [field.name for field in fields(Row)]
+COLUMNS = report.columns_of(Row)
 
 
 @dataclass(frozen=True)

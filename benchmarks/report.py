@@ -7,8 +7,29 @@ from pathlib import Path
 from lowbit.errors import InputError
 
 
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Of every row: what it was measured on. launch: "graph" (CUDA graph replay) or "loop"."""
+
+    launch: str = ""
+    sm_mhz: str = ""
+    memory_mhz: str = ""
+    device: str = ""
+    driver: str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+
+
+def columns_of(kind: type[Where]) -> list[str]:
+    """Of a CSV: what was measured, and then on what."""
+    where = [field.name for field in fields(Where)]
+    return [field.name for field in fields(kind) if field.name not in where] + where
+
+
 @dataclass(frozen=True)
-class Row:
+class Row(Where):
     """A contender is a backend of the op or a peer, the other column is empty. A row that was not
     timed says why in `why_not` and leaves its numbers at None.
 
@@ -17,7 +38,6 @@ class Row:
     gbs, tops          10^9 bytes and 10^12 operations a second, cold
     roof_percent       floor_us / cold_p50_us
     vs_torch, vs_best  cold time of torch, and of the fastest peer, over this one's
-    launch             "graph" (CUDA graph replay) or "loop"
     plan               the tile, grid and split that a CUDA kernel's launcher chose
     """
 
@@ -42,26 +62,17 @@ class Row:
     roof_percent: float | None = None
     vs_torch: float | None = None
     vs_best: float | None = None
-    launch: str = ""
     plan: str = ""
     roof_copy_gbs: float | None = None
     roof_bf16_tops: float | None = None
     roof_int8_tops: float | None = None
-    sm_mhz: str = ""
-    memory_mhz: str = ""
-    device: str = ""
-    driver: str = ""
-    torch: str = ""
-    triton: str = ""
-    commit: str = ""
-    date: str = ""
 
     @property
     def contender(self) -> str:
         return self.backend or self.peer
 
 
-COLUMNS = [field.name for field in fields(Row)]
+COLUMNS = columns_of(Row)
 _OF_TEXT = {str: str, int | None: int, float | None: float}
 PARSERS = {field.name: _OF_TEXT[field.type] for field in fields(Row)}
 
