@@ -23,6 +23,7 @@ from benchmarks.clock import Clock, Timing, clock_of, repeated
 from benchmarks.harness import reason_of
 from benchmarks.shapes import Model, model_named
 from benchmarks.whole_models import Contender, full_model, largest_batch, packed_model
+from lowbit import cuda
 from lowbit.errors import InputError
 from lowbit.formats import QuantFormat
 
@@ -48,6 +49,7 @@ class Row(report.Where):
     ms         milliseconds of one forward, percentiles
     tokens_s   tokens a second, of all sequences together
     vs_bf16    the time of the fastest bf16 over this one's; of largest batches this one's over it
+    overlaps   1: with programmatic dependent launch of lowbit's kernels
     kv, weight, peak_bytes  of the cache, of all parameters, of torch's allocator during the row
     """
 
@@ -66,6 +68,7 @@ class Row(report.Where):
     weight_bytes: int | None = None
     kv_bytes: int | None = None
     peak_bytes: int | None = None
+    overlaps: int = 0
     why_not: str = ""
 
 
@@ -121,12 +124,16 @@ def run(args, device: torch.device) -> tuple[dict, str]:
     csv = Path(args.csv).expanduser() if args.csv else None
     if csv is not None:
         report.check_target(csv, COLUMNS)
+    if args.overlap_launches:
+        if kind != "cuda":
+            raise InputError("--overlap-launches is for a GPU, got --device cpu")
+        cuda.overlap_launches(True)
     where, clock, rows = machine.facts(device), clock_of(device), []
     print(", ".join(f"{name} {value}" for name, value in where.items() if value))
     for name in args.shapes or [{"cuda": "llama3-8b", "cpu": "tiny"}[kind]]:
         setup = Setup(name, model_named(name), args.layers, formats, cases, not args.no_compile)
         for row in measure(setup, clock):
-            row = replace(row, **where)
+            row = replace(row, **where, overlaps=int(args.overlap_launches))
             print(line(row), flush=True)
             rows.append(row)
             if csv is not None:

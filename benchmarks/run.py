@@ -74,7 +74,8 @@ def run(args) -> tuple[dict, str]:
     if args.op == [WHOLE]:
         _refuse(args, ("M", "backend"), "one op, got a whole model")
         return end_to_end.run(args, device_named(args.device))
-    _refuse(args, ("format", "prompt", "batch", "layers", "no_compile"), "lowbit bench model")
+    of_models = ("format", "prompt", "batch", "layers", "no_compile", "overlap_launches")
+    _refuse(args, of_models, "lowbit bench model")
     stems, device = selected(args.op), device_named(args.device)
     kind = device.type
     models = [model_named(name) for name in args.shapes or DEFAULT_SHAPES[kind]]

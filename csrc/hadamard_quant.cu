@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads) hadamard_quant_kernel(
     void* __restrict__ scales,           // [rows] fp32
     uint8_t* __restrict__ zero_points,   // [rows], unused when symmetric
     Rotation rotation, IntGrid grid) {
+  wait_for_earlier_kernels();
   rotate_and_quantize<Tile>(source, signs, codes, scales, zero_points, rotation, grid);
 }
 

@@ -160,6 +160,7 @@ __device__ __forceinline__ void rotate_row(float (&x)[1][kVector], int lane, int
 
 template <class T, class H>
 __global__ void __launch_bounds__(kThreads) kv_append_kernel(KvAppendArguments a) {
+  wait_for_earlier_kernels();
   const int q_blocks = ceil_div(a.tokens * a.q.heads, H::kRows);
   const int kv_blocks = ceil_div(a.tokens * a.k.heads, H::kRows);
   const bool is_q = blockIdx.x < q_blocks, is_v = blockIdx.x >= q_blocks + kv_blocks;

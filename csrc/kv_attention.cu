@@ -42,11 +42,13 @@ constexpr double kLog2E = 1.4426950408889634;
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) kv_attention_kernel(Arguments a) {
+  wait_for_earlier_kernels();
   kv::kv_attention_block<T>(a);
 }
 
 // A block a row.
 __global__ void __launch_bounds__(kCombineThreads) kv_attention_combine_kernel(Arguments a) {
+  wait_for_earlier_kernels();
   const int num_q_heads = a.num_kv_heads * a.heads, rows = a.T * num_q_heads;
   const int row = blockIdx.x;
   const kv::RowSplits splits{a.row_max + row, a.row_sum + row, rows,

@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) kv_attention_quant_kernel(
     void* __restrict__ scales,           // [T] fp32
     uint8_t* __restrict__ zero_points,   // [T], unused when symmetric
     Rotation rotation, IntGrid grid) {
+  wait_for_earlier_kernels();
   static_assert(Tile::kUnits >= kLeastUnits && (Tile::kM == 0 || Tile::kMaxThreads <= kMostThreads),
                 "rows up to kLongestSum take kMostThreads at most");
   rotate_and_quantize<Tile>(source, signs, codes, scales, zero_points, rotation, grid);

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(Tile::kBlock)
                     void* __restrict__ scales,          // [rows] fp32 or fp16
                     uint8_t* __restrict__ zero_points,  // [rows], unused when symmetric
                     int64_t rows, int length, IntGrid grid) {
+  wait_for_earlier_kernels();
   constexpr int kThreads = Tile::kThreads, kVectors = Tile::kVectors;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * Tile::kRows + threadIdx.x / kThreads;
   const int thread = threadIdx.x % kThreads;

@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(G::kThreads, G::kMinBlocks)
                             int4* __restrict__ workspace,  // [tiles, splits, parts, kThreads]
                             int* __restrict__ arrivals,    // [tiles] zeros, split K
                             int stages_per_split) {
+  wait_for_earlier_kernels();
   gemm_block<G>(a, workspace, arrivals, stages_per_split);
 }
 

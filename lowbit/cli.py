@@ -187,6 +187,9 @@ def parser() -> Parser:
     p.add_argument("--batch", nargs="+", type=int, metavar="N", help="sequences that decode")
     p.add_argument("--layers", type=int, metavar="N", help="of the model (default: all)")
     p.add_argument("--no-compile", action="store_true", help="leave out bf16 by torch.compile")
+    p.add_argument(
+        "--overlap-launches", action="store_true", help="programmatic dependent launch, sm_90"
+    )
 
     p = command("doctor", commands.run_doctor, "What this machine can run, and why not the rest.")
     p.add_argument("--kernels", action="store_true", help="list every CUDA kernel of the library")

@@ -98,6 +98,18 @@ def __getattr__(name: str):
         ) from None
 
 
+def overlap_launches(enabled: bool):
+    """Programmatic dependent launch of the kernels: each is scheduled while the one before it ends,
+    so that their gaps close. Off at first; bits do not change; sm_90 and later, elsewhere nothing.
+
+    RuntimeError where the library cannot be loaded.
+    """
+    reason = why_not_loaded()
+    if reason:
+        raise RuntimeError(reason)
+    ctypes.CDLL(str(LIBRARY.path)).lowbit_overlap_launches(int(enabled))
+
+
 def sm(device: torch.device | int | None = None) -> int:
     """80, 90, ...: the architecture of a device (default: the current one), or the emulator's."""
     if LIBRARY.sm is not None:

@@ -183,6 +183,8 @@ def library(monkeypatch, tmp_path):
 def test_not_built(library):
     assert cuda.why_not_cuda() == cuda.why_not_loaded() == cuda.NOT_BUILT
     assert cuda.why_not_cuda(torch.ones(1)) == cuda.NOT_BUILT
+    with pytest.raises(RuntimeError, match="are not built"):
+        cuda.overlap_launches(True)
     with pytest.raises(AttributeError, match="no op quantize: the CUDA kernels are not built"):
         cuda.quantize  # noqa: B018
     with pytest.raises(AttributeError):
@@ -279,6 +281,26 @@ def test_no_spills_and_no_local_memory():
         f"{k} = {sass.demangled(k.kernel)}" for k in kernels if k.spilled_bytes or k.stack_bytes
     ]
     assert not spilling, "\n".join(spilling)
+
+
+def test_every_kernel_first_waits_for_the_one_before():
+    """What overlap_launches rests on, in the source."""
+    files = [*(ROOT / "csrc").glob("*.cu"), *(ROOT / "csrc/common").glob("*.cuh")]
+    kernels = [k for f in files for k in f.read_text().split("__global__ void")[1:]]
+    assert len(kernels) >= 11
+    for kernel in kernels:
+        body = kernel[kernel.index(") {") + 3 :]
+        assert body.lstrip().startswith("wait_for_earlier_kernels();"), kernel[:120]
+
+
+@pytest.mark.slow
+def test_nothing_is_read_or_written_before_the_wait():
+    """The same in machine code, where the compiler might have moved a load ahead of it."""
+    memory = re.compile(r"\b(LDG|STG|LDGSTS|UTMA\w+|UBLK\w+|ATOM|ATOMG|RED|LD|ST)\b")
+    for name, code in sass.kernels_sass(sass.built()[0], "90a").items():
+        if memory.search(code):
+            assert "ACQBULK" in code[: memory.search(code).start()], name
+            assert "PREEXIT" in code, name
 
 
 @pytest.mark.slow

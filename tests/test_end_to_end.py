@@ -105,6 +105,7 @@ def test_largest_batch(monkeypatch, room):
         (["--batch", "0"], "batch must be positive, got 0"),
         (["--layers", "0"], "layers must be positive, got 0"),
         (["--shapes", "llama9"], "shapes must be among"),
+        (["--overlap-launches"], "--overlap-launches is for a GPU, got --device cpu"),
         (["--M", "4"], "--M is for one op, got a whole model"),
     ],
 )

@@ -468,6 +468,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                           const __grid_constant__ TensorMap y_map,         // [M, N]
                           const __grid_constant__ TensorMap residual_map,  // [M, N]
                           const IntGemmArguments a, int split) {
+  wait_for_earlier_kernels();
   const Block<Tile> block(a, split);
   const bool produces = threadIdx.x >= Tile::kConsumers * kWarpgroup;
   if (threadIdx.x == 0) {

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -28,6 +29,7 @@ int device_num_sms(int) { return emulated_num_sms; }
 namespace {
 
 constexpr int kDefaultSharedBytes = 48 * 1024;  // more than this is granted on request
+std::atomic<bool> overlaps_launches = false;
 
 // Asked once: what a device is does not change, and a launch must cost little.
 int attribute(cudaDeviceAttr what, int device) {
@@ -83,21 +85,34 @@ void launch_on_device(const Launch& config, const void* kernel, void** arguments
   check(aoti_torch_get_current_cuda_stream(config.device, &stream) == 0,
         text(config.op, ": torch has no current CUDA stream"));
   grant_shared_bytes(config, kernel);
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = config.cluster;
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (config.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = config.cluster;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count++].val.clusterDim.z = 1;
+  }
+  if (overlaps_launches && device_sm(config.device) >= 90) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t launch = {};
   launch.gridDim = config.grid;
   launch.blockDim = dim3(config.threads);
   launch.dynamicSmemBytes = config.smem_bytes;
   launch.stream = static_cast<cudaStream_t>(stream);
-  launch.attrs = &cluster;
-  launch.numAttrs = config.cluster > 1 ? 1 : 0;
+  launch.attrs = attributes;
+  launch.numAttrs = count;
   check_launch(config, "launch", cudaLaunchKernelExC(&launch, kernel, arguments));
 }
 
 #endif
 
 }  // namespace lowbit
+
+void lowbit_overlap_launches([[maybe_unused]] int enabled) {
+#ifndef LOWBIT_EMULATE
+  lowbit::overlaps_launches = enabled != 0;
+#endif
+}

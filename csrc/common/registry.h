@@ -58,6 +58,10 @@ LOWBIT_EXPORT const char* lowbit_plan(const char* op, const int64_t* numbers, in
 // The architectures that the library holds code for, such as "80,90a"; "" in the emulator.
 LOWBIT_EXPORT const char* lowbit_archs();
 
+// Programmatic dependent launch, from now on and in every thread: a kernel's blocks are scheduled
+// while the kernel before it ends. Off at first. Only on sm_90 and later does it change a launch.
+LOWBIT_EXPORT void lowbit_overlap_launches(int enabled);
+
 // nullptr, or why there are none: `attributes` is then as it was.
 LOWBIT_EXPORT const char* lowbit_kernel_attributes(int i, int device,
                                                    lowbit::KernelAttributes* attributes);
