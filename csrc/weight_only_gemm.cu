@@ -6,11 +6,12 @@
 // tokens: few tokens need no kernel of their own. A block has kChannels x kTokens of y and a range
 // of K, cut into stages of kStageK columns; its warps lie kWarpsN x kWarpsM.
 //   step 1  copy a stage, kStages - 1 ahead of its use: cp.async, 16 bytes a thread at a time.
-//           Chunk c of row r of x lies at c ^ (r % 8): eight rows' equal chunks, what ldmatrix
-//           reads together, lie in different banks. Weights keep their order, in which a lane's 8,
-//           12 or 16 bytes are its codes of 4 steps (2, 3 or 4 bits), or of 2. Scales and zero
-//           points go through registers, as fp32 and as what step 3 adds. Zeros past M, N and K.
-//   step 2  fragments of the next 16 columns, while step 3 multiplies those before
+//           Chunks of x are swizzled by their row: what is read together lies in different banks.
+//           Weights keep their order, in which a lane's 8, 12 or 16 bytes are its codes of 4 steps
+//           (2, 3 or 4 bits), or of 2. Scales and zero points go through registers, as fp32 and as
+//           what step 3 adds. Zeros past M, N and K.
+//   step 2  fragments of the next 16 columns, while step 3 multiplies those before: x by ldmatrix;
+//           for weights as int_gemm reads them in the order of K that their registers have
 //   step 3  code - zero_point in fp16 or bf16, exactly (common/float_weights.cuh), times x, summed
 //           in fp32; at the end of a group, or of a stage, its sum times its scale: one FMA
 //   step 4  split K: each block writes its sums, the last to arrive adds all, in order
@@ -44,18 +45,24 @@ __global__ void __launch_bounds__(G::kThreads, G::kMinBlocks)
 using Tiles = std::tuple<Tile<64, 8, 256, 4, 1, 3, 4>, Tile<64, 16, 256, 4, 1, 3, 4>,
                          Tile<64, 64, 64, 2, 2, 3, 2>, Tile<128, 128, 64, 4, 2, 3, 1>>;
 using AllOperands =
-    std::tuple<Operands<__half, 2, false>, Operands<__half, 3, false>, Operands<__half, 4, false>,
-               Operands<__half, 8, false>, Operands<__nv_bfloat16, 2, false>,
-               Operands<__nv_bfloat16, 3, false>, Operands<__nv_bfloat16, 4, false>,
-               Operands<__nv_bfloat16, 8, false>, Operands<__nv_bfloat16, 8, true>>;
+    std::tuple<Operands<__half, 2, 2>, Operands<__half, 3, 2>, Operands<__half, 4, 2>,
+               Operands<__half, 8, 2>, Operands<__nv_bfloat16, 2, 2>, Operands<__nv_bfloat16, 3, 2>,
+               Operands<__nv_bfloat16, 4, 2>, Operands<__nv_bfloat16, 8, 2>,
+               Operands<__nv_bfloat16, 8, 2, true>, Operands<__half, 4, 4>, Operands<__half, 8, 4>,
+               Operands<__nv_bfloat16, 4, 4>, Operands<__nv_bfloat16, 8, 4>, Operands<__half, 4, 8>,
+               Operands<__nv_bfloat16, 4, 8>>;
 
 // What a stage of each tile costs, in clocks of an SM, by the stored bits of its weights, and how
 // many blocks an SM needs to be that fast: estimates, docs/notes/0006. 0: not compiled; of 2 and 3
-// bits, which few tokens are for, the smaller of two tiles for prompts will do.
+// bits, which few tokens are for, the smaller of two tiles for prompts will do, and of the layouts
+// of int_gemm too, whose prompts have their activations quantized.
 struct TileCost {
   int clocks[4], blocks_to_fill;
 
-  constexpr int of(int bits) const { return clocks[bits == 8 ? 3 : bits - 2]; }
+  constexpr int of(int bits, int run) const {
+    const bool compiled = run == 2 || clocks[0] > 0;
+    return compiled ? clocks[bits == 8 ? 3 : bits - 2] : 0;
+  }
 };
 constexpr TileCost kTileCosts[] = {{{310, 350, 440, 880}, 3},
                                    {{340, 380, 460, 900}, 3},
@@ -64,15 +71,15 @@ constexpr TileCost kTileCosts[] = {{{310, 350, 440, 880}, 3},
 static_assert(std::size(kTileCosts) == std::tuple_size_v<Tiles>, "a cost for each tile");
 constexpr int kBlockColumns = 256, kSplitColumns = 128;  // what a block, and a split, costs besides
 
-TilePlan plan(int64_t M, int64_t N, int64_t K, int bits, int num_sms) {
+TilePlan plan(int64_t M, int64_t N, int64_t K, int bits, int run, int num_sms) {
   return fastest_plan<Tiles>(
       M, N,
       [&](auto tile, int index) {
-        const bool compiled = kTileCosts[index].of(bits) > 0;
+        const bool compiled = kTileCosts[index].of(bits, run) > 0;
         return compiled ? static_cast<int>(ceil_div<int64_t>(K, tile.kStageK)) : 0;
       },
       [&](auto tile, int index, int64_t tiles, int splits, int stages_of_split) {
-        const int clocks = kTileCosts[index].of(bits);
+        const int clocks = kTileCosts[index].of(bits, run);
         const int64_t rounds = ceil_div<int64_t>(tiles * splits, num_sms);
         const int columns =
             stages_of_split * tile.kStageK + kBlockColumns + (splits > 1 ? kSplitColumns : 0);
@@ -102,11 +109,19 @@ int group_shift(int64_t K, int64_t groups) {
   return 0;
 }
 
+// kRun of Operands.
+int run_of(const std::string& w_layout) {
+  if (w_layout == "fragment_float") return 2;
+  if (w_layout == "fragment") return 4;
+  check(w_layout == "fragment_int4", "weight_only_gemm: w_layout must be a kernel layout");
+  return 8;
+}
+
 Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_scale,
                         const std::optional<Tensor>& w_zero_point,
                         const std::optional<Tensor>& bias, int64_t w_bits,
                         const std::string& w_layout) {
-  check(w_layout == "fragment_float", "weight_only_gemm: w_layout must be fragment_float");
+  const int run = run_of(w_layout);
   check(w_bits >= 2 && w_bits <= 8, "weight_only_gemm: w_bits must be 2..8");
   check(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
         "weight_only_gemm: x must be fp16 or bf16");
@@ -148,13 +163,14 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_
   a.bias = pointer<char>(bias);
   a.y = pointer<void>(y);
 
-  const TilePlan chosen = plan(M, N, K, bits, device_num_sms(device));
+  const TilePlan chosen = plan(M, N, K, bits, run, device_num_sms(device));
   const bool two_terms = !is_half && bits == 8 && w_zero_point.has_value();
   for_each<AllOperands>([&](auto operands, int) {
     using O = decltype(operands);
-    if (O::kIsHalf != is_half || O::kBits != bits || O::kTwoTerms != two_terms) return;
+    if (O::kIsHalf != is_half || O::kBits != bits || O::kRun != run) return;
+    if (O::kTwoTerms != two_terms) return;
     for_each<Tiles>([&](auto tile, auto index) {
-      if constexpr (kTileCosts[index].of(O::kBits) > 0) {
+      if constexpr (kTileCosts[index].of(O::kBits, O::kRun) > 0) {
         if (index == chosen.tile) launch_gemm<Gemm<O, decltype(tile)>>(a, chosen, device, x);
       }
     });
@@ -162,21 +178,25 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_
   return y;
 }
 
-// numbers: M, N, K, and the stored bits of the weights: 2, 3, 4 or 8
+// numbers: M, N, K, the stored bits of the weights, and kRun of their layout where it is not 2
 std::string describe(const int64_t* numbers, int n, int, int num_sms) {
-  const int64_t bits = n == 4 ? numbers[3] : 0;
-  if (bits != 8 && (bits < 2 || bits > 4)) {
-    return "numbers must be M, N, K and the stored bits of the weights: 2, 3, 4 or 8";
+  const int64_t bits = n == 4 || n == 5 ? numbers[3] : 0, run = n == 5 ? numbers[4] : 2;
+  bool known = false;
+  for_each<AllOperands>(
+      [&](auto operands, int) { known |= operands.kBits == bits && operands.kRun == run; });
+  if (!known) {
+    return "numbers must be M, N, K, the stored bits of the weights: 2, 3, 4 or 8, and the run of "
+           "their layout: 2 (fragment_float), 4 (fragment) or 8 (fragment_int4)";
   }
-  return describe_plan<Tiles>(
-      plan(numbers[0], numbers[1], numbers[2], static_cast<int>(bits), num_sms));
+  return describe_plan<Tiles>(plan(numbers[0], numbers[1], numbers[2], static_cast<int>(bits),
+                                   static_cast<int>(run), num_sms));
 }
 
 const bool kRegistered = [] {
   for_each<AllOperands>([](auto operands, int) {
     for_each<Tiles>([](auto tile, auto index) {
       using O = decltype(operands);
-      if constexpr (kTileCosts[index].of(O::kBits) > 0) {
+      if constexpr (kTileCosts[index].of(O::kBits, O::kRun) > 0) {
         using G = Gemm<O, decltype(tile)>;
         static const std::string name = G::name() + "_" + tile.name();
         register_kernel({"weight_only_gemm", name.c_str(),

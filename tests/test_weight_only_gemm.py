@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import assert_bitwise, assert_no_worse_than_torch, assert_registered, poison
 
-from lowbit.formats import IntFormat, Layout, PackedTensor
+from lowbit.formats import FRAGMENT_BITS, IntFormat, Layout, PackedTensor
 from lowbit.ops import dequantize, quantize, to_layout, weight_only_gemm
-from lowbit.ops.weight_only_gemm import WEIGHT_ONLY_GEMM
+from lowbit.ops.weight_only_gemm import INT_GEMM_LAYOUTS, WEIGHT_ONLY_GEMM
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -159,7 +159,10 @@ U8 = torch.uint8
         ({"w_zero_point": torch.zeros(5, 1, dtype=U8)}, r"w_zero_point must be uint8 \(5, 2\)"),
         ({"w_zero_point": torch.zeros(5, 2)}, r"w_zero_point must be uint8 \(5, 2\)"),
         ({"bias": torch.ones(1, 5)}, r"bias must have shape \[5\]"),
-        ({"w_layout": "fragment"}, "w_layout must be one of .*'fragment_float'.*, got 'fragment'"),
+        ({"w_layout": "bytes"}, "w_layout must be one of .*'fragment_float'.*, got 'bytes'"),
+        ({"w_layout": "fragment"}, r"w_codes must be uint8 \(1, 1, 2048\) for \[N, K\]"),
+        ({"w_layout": "fragment", "w_bits": 3}, "layout 'fragment' is for .* got .* 3 stored"),
+        ({"w_layout": "fragment_int4", "w_bits": 8}, "layout 'fragment_int4' is for .* 8 stored"),
         ({"w_layout": "fragment_float"}, r"w_codes must be uint8 \(1, 1, 2048\) for \[N, K\]"),
         ({"w_layout": "fragment_float", "w_bits": 3}, r"w_codes must be uint8 \(1, 1, 1536\) for"),
     ],
@@ -171,7 +174,7 @@ def test_wrong_argument(change, message):
 
 def test_wrong_packed_tensor():
     w = exact_w(5, 64, IntFormat(4))
-    with pytest.raises(ValueError, match="w must have layout 'row_major' or 'fragment_float', got"):
+    with pytest.raises(ValueError, match="w must have layout 'row_major' or 'fragment' or .*, got"):
         weight_only_gemm(exact_x(3, 64), to_layout(w, Layout.BYTES))
     with pytest.raises(ValueError, match=r"weight_only_gemm: w must have shape \[N, 32\]"):
         weight_only_gemm(exact_x(3, 32), w)
@@ -185,6 +188,22 @@ def test_fragments_are_the_same_weights(bits, symmetric, group_size):
     bias = torch.randn(70)
     fragments = to_layout(w, Layout.FRAGMENT_FLOAT)
     assert_bitwise(weight_only_gemm(x, fragments, bias), weight_only_gemm(x, w, bias))
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize(
+    ("layout", "bits"),
+    [(layout, bits) for layout in INT_GEMM_LAYOUTS for bits in FRAGMENT_BITS[layout]],
+)
+def test_weights_as_int_gemm_reads_them(layout, bits, group_size):
+    """One stored weight for both."""
+    x, w = exact_x(5, 96).half(), exact_w(70, 96, IntFormat(bits, True, group_size))
+    bias, fragments = torch.randn(70), to_layout(w, layout)
+    assert_bitwise(weight_only_gemm(x, fragments, bias), weight_only_gemm(x, w, bias))
+    arguments = (x, fragments.codes, w.scale, None, bias, bits, layout.value)
+    assert_registered(WEIGHT_ONLY_GEMM, *arguments)
+    with pytest.raises(ValueError, match=f"w_zero_point must be None .*'{layout.value}'"):
+        WEIGHT_ONLY_GEMM(*arguments[:3], w.scale.to(U8), *arguments[4:])
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])

@@ -15,7 +15,7 @@ import torch
 from helpers import assert_bitwise, assert_no_worse_than_torch, poison
 
 from lowbit import cuda
-from lowbit.formats import PACKED_BITS, IntFormat, Layout, PackedTensor
+from lowbit.formats import FRAGMENT_BITS, PACKED_BITS, IntFormat, Layout, PackedTensor
 from lowbit.ops import dequantize, quantize, to_layout, weight_only_gemm
 from lowbit.ops.dispatch import NoBackendError
 from lowbit.ops.int_gemm import OUT_DTYPES
@@ -23,8 +23,20 @@ from lowbit.ops.weight_only_gemm import CUDA_DTYPES
 
 on_sm80 = pytest.mark.emulate(80)
 DTYPES = pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
-GRIDS = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 BITS = pytest.mark.parametrize("bits", PACKED_BITS)
+STORED = [(bits, layout) for layout, widths in FRAGMENT_BITS.items() for bits in widths]
+GRIDS = [(IntFormat(bits), layout) for bits, layout in STORED]
+GRIDS += [(IntFormat(bits, False), Layout.FRAGMENT_FLOAT) for bits in PACKED_BITS]
+RUNS = {Layout.FRAGMENT_FLOAT: 2, Layout.FRAGMENT: 4, Layout.FRAGMENT_INT4: 8}  # of the planner
+FLOAT = Layout.FRAGMENT_FLOAT
+
+
+def each(names: str, of: list[tuple]):
+    ids = ["-".join(str(part).removeprefix("Layout.") for part in case) for case in of]
+    return pytest.mark.parametrize(names, of, ids=ids)
+
+
+EACH_GRID, EACH_STORED = each("format, layout", GRIDS), each("bits, layout", STORED)
 TOKENS = (1, 2, 8, 9, 16, 33, 120, 130)
 TILES = {"64x8", "64x16", "64x64", "128x128"}
 
@@ -54,12 +66,14 @@ def in_fp64(x: torch.Tensor, w: PackedTensor, bias=None) -> torch.Tensor:
     return y if bias is None else y + bias.double()
 
 
-def on_cuda(x: torch.Tensor, w: PackedTensor, bias=None) -> torch.Tensor:
+def on_cuda(x: torch.Tensor, w: PackedTensor, bias=None, layout=FLOAT) -> torch.Tensor:
     with poison():
-        return weight_only_gemm(x, to_layout(w, Layout.FRAGMENT_FLOAT), bias, backend="cuda")
+        return weight_only_gemm(x, to_layout(w, layout), bias, backend="cuda")
 
 
-def assert_exact(M: int, N: int, K: int, format: IntFormat, dtype, bias=None, extreme=False):
+def assert_exact(
+    M: int, N: int, K: int, format: IntFormat, dtype, bias=None, extreme=False, layout=FLOAT
+):
     torch.manual_seed(M + N + K)
     x = torch.randint(-4, 5, (M, K)).to(dtype)
     if dtype == torch.float16 and format.bits == 8:
@@ -67,7 +81,7 @@ def assert_exact(M: int, N: int, K: int, format: IntFormat, dtype, bias=None, ex
     w = weight(N, K, format, extreme)
     expected = in_fp64(x, w, bias)
     assert_bitwise(expected.float().double(), expected)
-    assert_bitwise(on_cuda(x, w, bias), expected.float().to(dtype))
+    assert_bitwise(on_cuda(x, w, bias, layout), expected.float().to(dtype))
 
 
 def stand_for(num_sms: int):
@@ -76,57 +90,61 @@ def stand_for(num_sms: int):
         emulator.stand_for(80, num_sms)
 
 
-def plan(M: int, N: int, K: int, bits: int, num_sms: int) -> str:
+def plan(M: int, N: int, K: int, bits: int, num_sms: int, layout=FLOAT) -> str:
     """What the launcher chooses, such as "64x8: 2 tiles x 3 splits of 4 stages"."""
     function = ctypes.CDLL(str(cuda.LIBRARY.path)).lowbit_plan
     function.restype = ctypes.c_char_p
-    numbers = (ctypes.c_int64 * 4)(M, N, K, bits)
-    return function(b"weight_only_gemm", numbers, 4, 80, num_sms).decode()
+    numbers = (ctypes.c_int64 * 5)(M, N, K, bits, RUNS[layout])
+    return function(b"weight_only_gemm", numbers, 5, 80, num_sms).decode()
+
+
+def tiles_of(bits: int, layout: Layout) -> set[str]:
+    """Of 2 and 3 bits and of int_gemm's layouts there is none of 128 x 128."""
+    return TILES - {"128x128"} if bits < 4 or layout is not FLOAT else TILES
 
 
 @on_sm80
 @DTYPES
-@BITS
-@GRIDS
+@EACH_GRID
 @pytest.mark.parametrize("M", TOKENS)
-def test_tokens(M, symmetric, bits, dtype):
+def test_tokens(M, format, layout, dtype):
     """Every tile; N and K are multiples of none: 3 tiles of 64 channels and 8, 3 stages and 8."""
     stand_for(1)
-    assert_exact(M, 200, 392, IntFormat(bits, symmetric), dtype)
+    assert_exact(M, 200, 392, format, dtype, layout=layout)
 
 
 @on_sm80
 def test_tokens_reach_every_tile():
-    for bits in PACKED_BITS:
-        plans = [plan(M, 200, 392, bits, 1) for M in TOKENS]
-        tiles = TILES - {"128x128"} if bits < 4 else TILES
-        assert {chosen.split(":")[0] for chosen in plans} == tiles
+    for bits, layout in STORED:
+        plans = [plan(M, 200, 392, bits, 1, layout) for M in TOKENS]
+        assert {chosen.split(":")[0] for chosen in plans} == tiles_of(bits, layout)
 
 
 @on_sm80
-def test_plan_of_bits_that_are_not_stored():
-    assert "stored bits of the weights: 2, 3, 4 or 8" in plan(1, 64, 64, 6, 1)
+@pytest.mark.parametrize("bits, layout", [(6, FLOAT), (3, Layout.FRAGMENT)])
+def test_plan_of_bits_that_are_not_stored(bits, layout):
+    assert "stored bits of the weights: 2, 3, 4 or 8" in plan(1, 64, 64, bits, 1, layout)
 
 
 @on_sm80
 @DTYPES
-@BITS
-@GRIDS
+@EACH_GRID
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("M", [1, 12, 40, 120])
-def test_groups(M, group_size, symmetric, bits, dtype):
+def test_groups(M, group_size, format, layout, dtype):
     """Every tile; an odd number of groups, which are parts of a stage, one, and two."""
     stand_for(1)
-    assert_exact(M, 200, 5 * group_size, IntFormat(bits, symmetric, group_size), dtype)
+    grouped = replace(format, group_size=group_size)
+    assert_exact(M, 200, 5 * group_size, grouped, dtype, layout=layout)
 
 
 @on_sm80
-@BITS
+@EACH_STORED
 @pytest.mark.parametrize(("N", "K"), [(8, 8), (64, 64), (72, 96), (128, 136), (24, 1104)])
-def test_channels_and_columns(N, K, bits):
-    for M, symmetric in ((3, True), (12, False), (70, False)):
-        assert_exact(M, N, K, IntFormat(bits, symmetric), torch.float16)
-        assert_exact(M, N, K, IntFormat(bits, symmetric), torch.bfloat16)
+def test_channels_and_columns(N, K, bits, layout):
+    for M, symmetric in ((3, True), (12, layout is not FLOAT), (70, layout is not FLOAT)):
+        for dtype in CUDA_DTYPES:
+            assert_exact(M, N, K, IntFormat(bits, symmetric), dtype, layout=layout)
 
 
 @on_sm80
@@ -139,11 +157,11 @@ def test_widths_in_bytes(bits, dtype):
 
 @on_sm80
 @DTYPES
-@BITS
-@GRIDS
-def test_extreme_codes(symmetric, bits, dtype):
+@EACH_GRID
+def test_extreme_codes(format, layout, dtype):
+    grouped = replace(format, group_size=64)
     for M in (2, 20):
-        assert_exact(M, 64, 256, IntFormat(bits, symmetric, 64), dtype, extreme=True)
+        assert_exact(M, 64, 256, grouped, dtype, extreme=True, layout=layout)
 
 
 @on_sm80
@@ -186,6 +204,24 @@ def test_every_code_in_every_place(dtype, bits, M):
         assert_bitwise(torch.cat(got), in_fp64(x, w).to(dtype))
 
 
+@on_sm80
+@each("bits, layout", [stored for stored in STORED if stored[1] is not FLOAT])
+@pytest.mark.parametrize("M", [8, 64])
+@DTYPES
+def test_every_code_in_every_place_for_int_gemm(dtype, M, bits, layout):
+    """As above: 16 shifts of random codes of 4 bits, and of 8 bits those of both nibbles."""
+    torch.manual_seed(bits)
+    codes = torch.randint(1 << bits, (64, 64)) + torch.arange(16).view(16, 1, 1) * (1 << bits - 4)
+    if bits == 8:
+        codes = torch.cat((codes, codes + torch.arange(16).view(16, 1, 1)))
+    codes = codes.remainder(1 << bits).sub(1 << bits - 1).flatten(0, 1).to(torch.int8)
+    scale = torch.ones(len(codes), 1)
+    w = PackedTensor(codes, scale, None, IntFormat(bits), Layout.BYTES, codes.shape)
+    x, fragments = torch.eye(64).to(dtype), to_layout(w, layout)
+    got = [weight_only_gemm(rows, fragments, backend="cuda") for rows in x.split(M)]
+    assert_bitwise(torch.cat(got), in_fp64(x, w).to(dtype))
+
+
 SPLITS = {  # tile -> M, N, and SMs of which it takes several with few tiles
     "64x8": (3, 72, 108),
     "64x16": (12, 200, 8),
@@ -196,19 +232,20 @@ SPLITS = {  # tile -> M, N, and SMs of which it takes several with few tiles
 
 @on_sm80
 @DTYPES
-@BITS
+@EACH_STORED
 @pytest.mark.parametrize(("tile", "shape"), SPLITS.items(), ids=SPLITS)
-def test_split_k(tile, shape, bits, dtype):
+def test_split_k(tile, shape, bits, layout, dtype):
     """The last block of a tile adds what the others left."""
     M, N, num_sms = shape
     stand_for(num_sms)
-    chosen = plan(M, N, 2080, bits, num_sms)
-    if bits < 4 and tile == "128x128":
+    chosen = plan(M, N, 2080, bits, num_sms, layout)
+    if tile not in tiles_of(bits, layout):
         assert chosen.startswith("64x64:")
         return
     assert chosen.startswith(f"{tile}:") and "x 1 splits" not in chosen
-    for format in (IntFormat(bits), IntFormat(bits, False, 32)):
-        assert_exact(M, N, 2080, format, dtype, torch.randint(-9, 10, (N,)).half())
+    for format in (IntFormat(bits), IntFormat(bits, layout is not FLOAT, 32)):
+        bias = torch.randint(-9, 10, (N,)).half()
+        assert_exact(M, N, 2080, format, dtype, bias, layout=layout)
 
 
 @on_sm80
@@ -245,20 +282,23 @@ def random_weight(N: int, K: int, format: IntFormat) -> PackedTensor:
 
 
 RANDOM = {
-    "w2 asym g32": IntFormat(2, False, 32),
-    "w3 g128": IntFormat(3, True, 128),
-    "w4": IntFormat(4),
-    "w4 asym g128": IntFormat(4, False, 128),
-    "w8": IntFormat(8),
-    "w8 asym": IntFormat(8, False),
-    "w8 asym g32": IntFormat(8, False, 32),
+    "w2 asym g32": (IntFormat(2, False, 32), FLOAT),
+    "w3 g128": (IntFormat(3, True, 128), FLOAT),
+    "w4": (IntFormat(4), FLOAT),
+    "w4 asym g128": (IntFormat(4, False, 128), FLOAT),
+    "w8": (IntFormat(8), FLOAT),
+    "w8 asym": (IntFormat(8, False), FLOAT),
+    "w8 asym g32": (IntFormat(8, False, 32), FLOAT),
+    "w4 fragment": (IntFormat(4), Layout.FRAGMENT),
+    "w8 fragment": (IntFormat(8), Layout.FRAGMENT),
+    "w4 fragment_int4": (IntFormat(4), Layout.FRAGMENT_INT4),
 }
 
 
 @on_sm80
 @DTYPES
-@pytest.mark.parametrize("format", RANDOM.values(), ids=RANDOM)
-def test_random_operands(format, dtype):
+@pytest.mark.parametrize("format, layout", RANDOM.values(), ids=RANDOM)
+def test_random_operands(format, layout, dtype):
     torch.manual_seed(0)
     w = random_weight(72, 768, format)
     exact_w = dequantize(w, torch.float64, backend="reference")
@@ -267,7 +307,7 @@ def test_random_operands(format, dtype):
         x, bias = torch.randn(M, 768).to(dtype), torch.randn(72)
         exact = x.double() @ exact_w.T + bias.double()
         in_torch = (x.float() @ exact_w.float().T + bias).to(dtype)  # weights are not narrowed
-        assert_no_worse_than_torch(on_cuda(x, w, bias), in_torch, exact, floor=0.0)
+        assert_no_worse_than_torch(on_cuda(x, w, bias, layout), in_torch, exact, floor=0.0)
 
 
 @on_sm80
@@ -360,8 +400,8 @@ def no_change(x, w):
     ("shape", "format", "change", "message"),
     [
         ((64, 64), IntFormat(4), fp32_x, "x of fp16 or bf16, got torch.float32"),
-        ((64, 64), IntFormat(4), row_major, "reads weights fragment_float, w is row_major"),
-        ((64, 64), IntFormat(3), row_major, "reads weights fragment_float, w is row_major"),
+        ((64, 64), IntFormat(4), row_major, "reads weights in a kernel layout, w is row_major"),
+        ((64, 64), IntFormat(3), row_major, "reads weights in a kernel layout, w is row_major"),
         ((60, 64), IntFormat(4), no_change, "multiples of 8 elements, got 64 and 60"),
         ((64, 68), IntFormat(8), no_change, "multiples of 8 elements, got 68 and 64"),
         ((64, 64), IntFormat(4, True, 16), no_change, r"groups of \(32, 64, 128\) .*, got 16"),

@@ -1,6 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights of the layout `fragment_float` (docs/formats.md) -> the A registers of mma.m16n8k16: two
-// halves each, code - zero_point, exactly.
+// Weights of a kernel layout (docs/formats.md) -> the A registers of mma.m16n8k16: two halves each,
+// code - zero_point, exactly.
+//
+// `fragment_float` is made for this instruction, in whose registers a lane has runs of 2 neighbours
+// in K. `fragment` and `fragment_int4`, which int_gemm reads, hold the runs of 4 and 8 that a lane
+// has of m16n8k32.s8 and m16n8k64.s4, and so the codes of one row in a word. A product does not
+// care in which order K is summed: of a run of R the registers take the pairs j and j + R / 2,
+// which are two bytes apart and come out of a word by the same shift and mask, and x is loaded in
+// runs of R and paired alike (b_pairs). Below, `place` says where in the words a register's pair
+// is.
 //
 // Below, n is the code as an unsigned number: an asymmetric one as it is; a symmetric one plus
 // 2^(b-1), which makes that its zero point and flips its top bit. The flip costs nothing, as one
@@ -26,7 +34,7 @@
 // All within one FMA of two halves, exactly: results have at most 9 bits, of bf16 at most 8.
 //
 // Instructions for 8 weights, fp16 and bf16: 2 bits 9.5; 3 bits 11.25; 4 bits 9 and 11; 8 bits 10
-// and 14.
+// and 14, in runs of 2 or of more.
 #pragma once
 
 #include <type_traits>
@@ -46,7 +54,20 @@ struct WeightMagic {
   uint32_t low, high;
 };
 
-template <class T, int kBits>  // __half or __nv_bfloat16
+// From shared memory: 4 words, or the first 2 of fewer.
+template <int kWords>
+__device__ __forceinline__ void load_words(uint32_t (&words)[kWords], uint32_t from) {
+  if constexpr (kWords == 4) {
+    const uint4 four = load_shared_16(from);
+    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+  } else {
+    const uint2 two = load_shared_8(from);
+    words[0] = two.x, words[1] = two.y;
+  }
+}
+
+// T: __half or __nv_bfloat16. kRun: of fragment_float 2, fragment 4, fragment_int4 8.
+template <class T, int kBits, int kRun>
 struct FloatWeights {
   static constexpr bool kIsHalf = std::is_same_v<T, __half>;
   static constexpr int kStepsOfLoad = kBits == 8 ? 2 : 4;           // whose codes a lane loads
@@ -61,6 +82,7 @@ struct FloatWeights {
   static constexpr uint32_t kMinusLow = 0x8000 | (kLow & 0xFFFF);
   static constexpr uint32_t kMinusHigh = 0x8000 | (kHigh & 0xFFFF);
   static_assert(kBits == 2 || kBits == 3 || kBits == 4 || kBits == 8, "stored bits");
+  static_assert(kRun == 2 || (kRun == 4 && kBits >= 4) || (kRun == 8 && kBits == 4), "layouts");
 
   // of symmetric codes
   static constexpr int kZeroPoint = 1 << (kBits - 1);
@@ -88,14 +110,8 @@ struct FloatWeights {
   // This lane's codes of kStepsOfLoad steps; from: those of a slab, in shared memory.
   __device__ __forceinline__ static void load(uint32_t (&words)[kLoadWords], uint32_t from) {
     const int lane = lane_id();
-    if constexpr (kLoadWords == 4) {
-      const uint4 four = load_shared_16(from + lane * 16);
-      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
-    } else {
-      const uint2 two = load_shared_8(from + lane * 8);
-      words[0] = two.x, words[1] = two.y;
-      if constexpr (kBits == 3) words[2] = load_shared_4(from + kPlaneBytes + lane * 4);
-    }
+    load_words(words, from + lane * (kLoadWords == 4 ? 16 : 8));
+    if constexpr (kBits == 3) words[2] = load_shared_4(from + kPlaneBytes + lane * 4);
   }
 
   // Nibbles whose lowest kBits are the codes of a step of the load.
@@ -111,31 +127,59 @@ struct FloatWeights {
     return select_bits(kLowPairs, low, top);
   }
 
-  // a: the registers of a step of the load; offsets: of rows g and g + 8.
+  // Which word of a load holds the codes of register i of a step, and from which nibble on. Of 4
+  // bits, and fewer, the upper nibble of a byte is an odd one.
+  struct Place {
+    int word, nibble;
+  };
+  __host__ __device__ static constexpr Place place(int step, int i) {
+    if (kBits == 8) {
+      return kRun == 2 ? Place{2 * step + i / 2, 2 * (i % 2)} : Place{2 * step + i % 2, i / 2 * 2};
+    }
+    if (kRun == 2) return {step, i};
+    if (kRun == 4) return {step % 2 * 2 + i % 2, i / 2 * 2 + (step < 2 ? 1 : 0)};
+    return {step / 2 * 2 + i % 2, i / 2 * 2 + step % 2};
+  }
+
+  // The B registers of `step` for x[k], .. x[k + kRun - 1] of the lane's token, k its run.
+  __device__ __forceinline__ static void b_pairs(uint32_t (&b)[2], const uint32_t (&x)[kRun / 2],
+                                                 int step) {
+    static_assert(kRun > 2, "ldmatrix loads the registers of runs of 2");
+    if constexpr (kRun == 4) {
+      b[0] = lower_halves(x[0], x[1]);
+      b[1] = upper_halves(x[0], x[1]);
+    } else {
+      b[0] = step % 2 == 0 ? lower_halves(x[0], x[2]) : upper_halves(x[0], x[2]);
+      b[1] = step % 2 == 0 ? lower_halves(x[1], x[3]) : upper_halves(x[1], x[3]);
+    }
+  }
+
+  // a: the registers of a step of the load; offsets: of rows g and g + 8, of runs of 2.
   __device__ __forceinline__ static void expand(uint32_t (&a)[4],
                                                 const uint32_t (&words)[kLoadWords], int step,
                                                 const WeightMagic& magic,
                                                 const uint32_t (&offsets)[2]) {
-    if constexpr (kBits == 8) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t word = words[2 * step + i / 2] >> (8 * (i % 2));
+    for (int i = 0; i < 4; ++i) {
+      const Place at = place(step, i);
+      const bool upper = kInPlace && at.nibble % 2 == 1;
+      // weights in longer runs are symmetric: what is added is one of two constants
+      const uint32_t offset = kRun == 2 ? offsets[i % 2] : FloatWeights::offset(kZeroPoint, upper);
+      if constexpr (kBits == 8) {
+        const uint32_t word = words[at.word] >> (4 * at.nibble);
         if constexpr (kIsHalf) {
-          a[i] = fma_f16x2((word & kMask) ^ magic.low, kFp16x2_One, offsets[i % 2]);
+          a[i] = fma_f16x2((word & kMask) ^ magic.low, kFp16x2_One, offset);
         } else {
           const uint32_t low = and_xor(word, kMask ^ kTopBitOfHalves, magic.low);
           a[i] = fma_bf16x2(low, kBf16x2_One, (word & kTopBitOfHalves) ^ magic.high);
         }
-      }
-    } else {
-      const uint32_t codes = nibbles(words, step);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t word = codes >> (kInPlace ? i / 2 * 8 : i * 4);
+      } else {
+        const uint32_t codes = kRun == 2 ? nibbles(words, step) : words[at.word];
+        const uint32_t word = codes >> (kInPlace ? at.nibble / 2 * 8 : at.nibble * 4);
         const uint32_t number =
-            kInPlace && i % 2 ? (word & (kMask << 4)) ^ magic.high : (word & kMask) ^ magic.low;
-        a[i] = kIsHalf ? fma_f16x2(number, kFp16x2_One, offsets[i % 2])
-                       : fma_bf16x2(number, kBf16x2_One, offsets[i % 2]);
+            upper ? (word & (kMask << 4)) ^ magic.high : (word & kMask) ^ magic.low;
+        a[i] = kIsHalf ? fma_f16x2(number, kFp16x2_One, offset)
+                       : fma_bf16x2(number, kBf16x2_One, offset);
       }
     }
   }

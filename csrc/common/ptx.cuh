@@ -84,7 +84,15 @@ __device__ __forceinline__ int32_t dp4a(uint32_t a, uint32_t b, int32_t c) {
 #endif
 }
 
-// The upper halves of two words, that of a below.
+// The lower halves of two words, and the upper ones, that of a below.
+__device__ __forceinline__ uint32_t lower_halves(uint32_t a, uint32_t b) {
+#ifdef LOWBIT_EMULATE
+  return (a & 0xFFFFu) | b << 16;
+#else
+  return __byte_perm(a, b, 0x5410);
+#endif
+}
+
 __device__ __forceinline__ uint32_t upper_halves(uint32_t a, uint32_t b) {
 #ifdef LOWBIT_EMULATE
   return a >> 16 | (b & 0xFFFF0000u);

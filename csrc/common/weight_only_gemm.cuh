@@ -21,7 +21,7 @@ struct Arguments {
   const void* x;                // [M, K] of T
   const uint8_t* w;             // [ceil(N / 64), ceil(K / 64), 64 * 64 * kBits / 8]
   const void* w_scale;          // [N, groups] of scale_type, fp32 or fp16
-  const uint8_t* w_zero_point;  // [N, groups]; nullptr: symmetric codes
+  const uint8_t* w_zero_point;  // [N, groups]; nullptr: symmetric codes, as of kRun > 2
   const void* bias;             // [N] of bias_type; nullptr: none
   void* y;                      // [M, N] of T
   FloatType scale_type, bias_type;
@@ -49,24 +49,26 @@ struct Tile {
   static_assert(kFragmentTile % (16 * kSlabs) == 0, "a warp's channels lie in one weight tile");
 };
 
-template <class T_, int kBits_, bool kTwoTerms_>
+template <class T_, int kBits_, int kRun_, bool kTwoTerms_ = false>
 struct Operands {
   using T = T_;
   static constexpr int kBits = kBits_;
+  static constexpr int kRun = kRun_;  // of w's layout: common/float_weights.cuh
   static constexpr bool kIsHalf = std::is_same_v<T, __half>;
   static constexpr bool kTwoTerms = kTwoTerms_;  // zero points of 8-bit codes times bf16
-  static_assert(!kTwoTerms || (!kIsHalf && kBits == 8), "others need one");
+  static_assert(!kTwoTerms || (!kIsHalf && kBits == 8 && kRun == 2), "others need one");
 
   static std::string name() {
-    return text("w", kBits, kIsHalf ? "_fp16" : "_bf16", kTwoTerms ? "_asym" : "");
+    return text("w", kBits, kIsHalf ? "_fp16" : "_bf16", kTwoTerms ? "_asym" : "",
+                kRun == 2 ? "" : text("_run", kRun));
   }
 };
 
 template <class Operands_, class Tile_>
 struct Gemm : Operands_, Tile_ {
-  using Operands_::kBits, Operands_::name;
+  using Operands_::kBits, Operands_::kRun, Operands_::name;
   using Tile_::kChannels, Tile_::kTokens, Tile_::kStageK, Tile_::kThreads, Tile_::kSlots;
-  using Weights = FloatWeights<typename Operands_::T, kBits>;
+  using Weights = FloatWeights<typename Operands_::T, kBits, kRun>;
   static constexpr int kRowBytes = kStageK * 2;  // of x in a stage
   static constexpr int kRowChunks = kRowBytes / kChunk;
   static constexpr int kTileBytes = kFragmentTile * kFragmentTile * kBits / 8;
@@ -84,6 +86,10 @@ struct Gemm : Operands_, Tile_ {
   static constexpr int kAllStages = Tile_::kStages * kStageBytes;
   static constexpr int kFlagAt = kAllStages > kSumsBytes ? kAllStages : kSumsBytes;
   static constexpr int kSmemBytes = kFlagAt + 16;
+
+  // Chunk c of row r of x lies at c ^ swizzle(r). Of a row, four lanes read kRun / 2 chunks, and
+  // the rows that are read with it lie in other banks.
+  __host__ __device__ static constexpr int swizzle(int row) { return row * (kRun / 2) % 8; }
 
   // Which scales a thread fetches: of one channel, every kSlotStep-th group.
   static constexpr int kSlotStep = kThreads / kChannels, kThreadSlots = kSlots / kSlotStep;
@@ -122,7 +128,7 @@ struct Copies {
     x = static_cast<const uint8_t*>(a.x) + (work.m0 + row) * row_bytes + column * 2;
     rows = a.M - work.m0 - row;
     columns = smaller(a.K, end * G::kStageK) - column;
-    x_to = row * G::kRowBytes + (chunk ^ row % 8) * kChunk;
+    x_to = row * G::kRowBytes + (chunk ^ G::swizzle(row)) * kChunk;
 
     const int first = threadIdx.x * kChunk;
     const int tile_n = work.n0 / kFragmentTile + first / G::kPanelBytes;
@@ -140,8 +146,8 @@ struct Copies {
 #pragma unroll
     for (int i = 0; i < G::kTokens / kRows; ++i) {
       const bool inside = i * kRows < rows && columns > 0;
-      const int swizzle = i * kRows % 8 * kChunk;  // of the rows between
-      cp_async_16(to + (x_to ^ swizzle) + i * kRows * G::kRowBytes, x + i * kRows * row_bytes,
+      const int between = G::swizzle(i * kRows) * kChunk;  // this row and the first
+      cp_async_16(to + (x_to ^ between) + i * kRows * G::kRowBytes, x + i * kRows * row_bytes,
                   inside ? kChunk : 0);
     }
 #pragma unroll
@@ -207,24 +213,17 @@ struct Scales {
 // What a warp multiplies.
 template <class G>
 struct Fragments {
-  static constexpr int kTokenLoads = G::kColumns == 1 ? 1 : G::kColumns / 2;
-  static constexpr int kTokenSteps = G::kColumns == 1 ? 2 : 1;  // of a load
-  uint32_t weights[G::kSlabs][G::Weights::kLoadWords];          // codes of kStepsOfLoad steps
-  uint32_t tokens[kTokenLoads][4];  // B registers of two columns, or of one and two steps
+  // Of x, by ldmatrix two columns, or two steps of one; else a lane's run of each column.
+  static constexpr bool kByMatrix = G::kRun == 2;
+  static constexpr int kTokenLoads = kByMatrix && G::kColumns > 1 ? G::kColumns / 2 : G::kColumns;
+  static constexpr int kTokenWords = kByMatrix ? 4 : G::kRun / 2;
+  static constexpr int kTokenSteps = kByMatrix ? (G::kColumns == 1 ? 2 : 1) : G::kRun / 4;
+  uint32_t weights[G::kSlabs][G::Weights::kLoadWords];  // codes of kStepsOfLoad steps
+  uint32_t tokens[kTokenLoads][kTokenWords];            // of kTokenSteps steps
 
   // Of `step` of the stage at `stage`; `warp_n` and `warp_m` place the warp in the block.
   __device__ __forceinline__ void load(uint32_t stage, int step, int warp_n, int warp_m) {
-    const int lane = lane_id(), matrix = lane / 8;  // of ldmatrix
-    if (step % kTokenSteps == 0) {
-#pragma unroll
-      for (int i = 0; i < kTokenLoads; ++i) {
-        const int of_row = G::kColumns == 1 ? 0 : matrix / 2,
-                  chunk = G::kColumns == 1 ? matrix : matrix % 2;
-        const int row = (warp_m * G::kColumns + 2 * i + of_row) * 8 + lane % 8;
-        ldmatrix_x4(tokens[i],
-                    stage + row * G::kRowBytes + ((2 * step + chunk) ^ row % 8) * kChunk);
-      }
-    }
+    if (step % kTokenSteps == 0) load_tokens(stage, step, warp_m);
     constexpr int kStepsOfLoad = G::Weights::kStepsOfLoad, kStepsOfTile = kFragmentTile / kStepK;
     if (step % kStepsOfLoad != 0) return;
     const int slab0 = warp_n * G::kSlabs;  // 4 slabs are a tile
@@ -237,11 +236,34 @@ struct Fragments {
     }
   }
 
+  __device__ __forceinline__ void load_tokens(uint32_t stage, int step, int warp_m) {
+    const int lane = lane_id();
+#pragma unroll
+    for (int i = 0; i < kTokenLoads; ++i) {
+      if constexpr (kByMatrix) {
+        const int matrix = lane / 8, of_row = G::kColumns == 1 ? 0 : matrix / 2,
+                  chunk = G::kColumns == 1 ? matrix : matrix % 2;
+        const int row = (warp_m * G::kColumns + 2 * i + of_row) * 8 + lane % 8;
+        ldmatrix_x4(tokens[i],
+                    stage + row * G::kRowBytes + ((2 * step + chunk) ^ G::swizzle(row)) * kChunk);
+      } else {
+        const int row = (warp_m * G::kColumns + i) * 8 + lane / 4, k = lane % 4 * G::kRun;
+        const int chunk = 2 * step + k / kChunkOfX, byte = k % kChunkOfX * 2;
+        load_words(tokens[i],
+                   stage + row * G::kRowBytes + (chunk ^ G::swizzle(row)) * kChunk + byte);
+      }
+    }
+  }
+
   __device__ __forceinline__ void b_registers(uint32_t (&b)[2], int step, int column) const {
-    const uint32_t (&four)[4] = tokens[column / 2];
-    const int first = 2 * (G::kColumns == 1 ? step % 2 : column % 2);
-    b[0] = four[first];
-    b[1] = four[first + 1];
+    if constexpr (kByMatrix) {
+      const uint32_t (&four)[4] = tokens[column / 2];
+      const int first = 2 * (G::kColumns == 1 ? step % 2 : column % 2);
+      b[0] = four[first];
+      b[1] = four[first + 1];
+    } else {
+      G::Weights::b_pairs(b, tokens[column], step);
+    }
   }
 };
 

@@ -8,7 +8,9 @@ only on the way, near fp32's largest, may come out as inf or nan, and inf in x a
 
 x             [M, K]             fp32, fp16 or bf16 (fp64: all arithmetic in fp64)
 w_codes       [N, K * sb / 8]    uint8, codes of w_bits (docs/formats.md), row_major;
-              [ceil(N / 64), ceil(K / 64), 64 * 64 * sb / 8] uint8, fragment_float
+              [ceil(N / 64), ceil(K / 64), 64 * 64 * sb / 8] uint8, fragment_float; of symmetric
+              codes also fragment and fragment_int4, as a layer has them that quantizes its input
+              in some calls and not in others
 w_scale       [N, G]             fp32 or fp16, G = K / group_size; 1: per output channel
 w_zero_point  [N, G]             uint8; None: symmetric codes
 bias          [N]                any float, or None
@@ -21,13 +23,14 @@ import torch
 from torch import Tensor
 
 from lowbit import cuda
-from lowbit.formats import GROUP_SIZES, IntFormat, Layout, PackedTensor
+from lowbit.formats import FRAGMENT_BITS, GROUP_SIZES, IntFormat, Layout, PackedTensor
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.int_gemm import OUT_DTYPES, check_operands, check_weight
 from lowbit.ops.pack import fragment_codes
 from lowbit.ops.quantize import DEQUANTIZE, check_float, compute_dtype
 
-W_LAYOUTS = (Layout.ROW_MAJOR, Layout.FRAGMENT_FLOAT)
+W_LAYOUTS = (Layout.ROW_MAJOR, *FRAGMENT_BITS)
+INT_GEMM_LAYOUTS = (Layout.FRAGMENT, Layout.FRAGMENT_INT4)  # of symmetric weights
 CUDA_DTYPES = (torch.float16, torch.bfloat16)  # of x
 DEFAULTS = (Layout.ROW_MAJOR.value,)  # of w_layout: torch.library hands on no trailing default
 
@@ -57,6 +60,10 @@ def _check(
         raise ValueError(
             f"weight_only_gemm: w_zero_point must be uint8 {tuple(w_scale.shape)}, "
             f"got {w_zero_point.dtype} {tuple(w_zero_point.shape)}"
+        )
+    if w_zero_point is not None and layout in INT_GEMM_LAYOUTS:
+        raise ValueError(
+            f"weight_only_gemm: w_zero_point must be None with w_layout {w_layout!r}, got one"
         )
 
 
@@ -122,8 +129,8 @@ def _why_not_operands_in_cuda(args: tuple) -> str | None:
     (K, N), G = (x.shape[1], w_scale.shape[0]), w_scale.shape[1]
     if x.dtype not in CUDA_DTYPES:
         return f"the CUDA kernel takes x of fp16 or bf16, got {x.dtype}"
-    if w_layout != Layout.FRAGMENT_FLOAT:
-        return f"the CUDA kernel reads weights fragment_float, w is {w_layout}: see to_layout"
+    if w_layout == Layout.ROW_MAJOR:
+        return "the CUDA kernel reads weights in a kernel layout, w is row_major: see to_layout"
     if K == 0 or K % 8 or N % 8:
         return f"rows of x and y must be multiples of 8 elements, got {K} and {N}"
     if G > 1 and K // G not in GROUP_SIZES:
