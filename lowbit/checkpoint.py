@@ -29,6 +29,7 @@ from lowbit.integrations import attach
 from lowbit.model_card import write_card
 from lowbit.models import adapter_of
 from lowbit.models.source import LOAD_ERRORS
+from lowbit.nn.decode import DECODE_ROWS, set_decode
 from lowbit.nn.fused import fuse
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.swap import set_backend, swap
@@ -117,6 +118,8 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     fused: bool = True,
+    decode: str | None = None,
+    decode_rows: int | None = None,
 ) -> PreTrainedModel:
     """A packed model from the folder `path`, in eval mode, frozen.
 
@@ -127,7 +130,14 @@ def load(
     device   None: cpu
     fused    decoder layers in as few ops as there are (lowbit/nn/fused.py), where the architecture
              and the format have them; False: modules of transformers' names in their places
+    decode   "w4a16" for 4-bit weights whose inputs are quantized, and so on: linears take up to
+             decode_rows rows, such as those of a decoding step, as they are, and multiply them by
+             the same weights (lowbit/nn/decode.py); None: every row is quantized
+    decode_rows  None: DECODE_ROWS of that file, 8, which is not measured: on a GPU the largest M at
+             which `lowbit bench weight_only_gemm` finds it the faster
     """
+    if decode is None and decode_rows is not None:
+        raise InputError(f"decode_rows needs decode, such as 'w4a16', got {decode_rows} alone")
     if backend not in (None, *BACKENDS):
         raise InputError(f"backend must be one of {BACKENDS}, got {backend!r}")
     folder = Path(path).expanduser()
@@ -156,14 +166,20 @@ def load(
     restore_rotary(model, adapter.rotary_path, device or "cpu")
     if (folder / GENERATION_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return finish(model, backend, fused)
+    rows = DECODE_ROWS if decode_rows is None else decode_rows
+    return finish(model, backend, fused, decode, rows)
 
 
 def finish(
-    model: PreTrainedModel, backend: str | None = None, fused: bool = True
+    model: PreTrainedModel,
+    backend: str | None = None,
+    fused: bool = True,
+    decode: str | None = None,
+    decode_rows: int = DECODE_ROWS,
 ) -> PreTrainedModel:
     """The last steps of loading, once every tensor is in its place."""
     set_backend(model, backend)  # and lay the weights out for it and the device
+    set_decode(model, decode, decode_rows)
     if fused:
         fuse(model)
     return attach(model.eval().requires_grad_(False))

@@ -24,6 +24,7 @@ from lowbit.evaluate.perplexity import WINDOW
 from lowbit.evaluate.zero_shot import AUTO, GROUPS
 from lowbit.interop.export import WRITERS
 from lowbit.models.source import PACKAGED
+from lowbit.nn.decode import DECODE_ROWS
 from lowbit.ops.dispatch import BACKENDS, NoBackendError
 from lowbit.recipes import RECIPES
 
@@ -88,7 +89,7 @@ def parser() -> Parser:
         f"{commands_evaluation.RESULTS_FILE} in a folder that lowbit saved)",
     )
     p.add_argument("--fake", action="store_true", help="simulate in floating point, do not pack")
-    p.add_argument("--backend", choices=BACKENDS, help="of every op (default: the first that can)")
+    _run_options(p)
     _model_options(p)
 
     p = command("generate", commands.run_generate, "Continue a prompt.")
@@ -98,7 +99,7 @@ def parser() -> Parser:
     p.add_argument("--temperature", type=float, default=0.0, help="0 (default): no sampling")
     p.add_argument("--seed", type=int, default=0, help="of sampling")
     p.add_argument("--chat", action="store_true", help="the prompt is a user's turn in a chat")
-    p.add_argument("--backend", choices=BACKENDS, help="of every op (default: the first that can)")
+    _run_options(p)
     _model_options(p)
 
     p = command("serve", commands.run_serve, "An OpenAI-compatible server: `transformers serve`.")
@@ -166,7 +167,7 @@ def parser() -> Parser:
     p.add_argument("--speed", action="store_true", help="measure it here, of one prompt")
     _text_options(p, "none measured now")
     p.add_argument("--words", action="store_true", help="and lm-eval's word perplexity")
-    p.add_argument("--backend", choices=BACKENDS, help="of every op (default: the first that can)")
+    _run_options(p)
     _model_options(p)
 
     p = command(
@@ -206,6 +207,22 @@ def _model_options(p: Parser, dtype: bool = True):
     p.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     p.add_argument(
         "--trust-remote-code", action="store_true", help="let the model's repository run its code"
+    )
+
+
+def _run_options(p: Parser):
+    p.add_argument("--backend", choices=BACKENDS, help="of every op (default: the first that can)")
+    p.add_argument(
+        "--decode",
+        metavar="FORMAT",
+        help="such as w4a16: the weights of a packed model with inputs that are not quantized, for "
+        "few rows (default: its own format for all)",
+    )
+    p.add_argument(
+        "--decode-rows",
+        type=int,
+        metavar="N",
+        help=f"how few: tokens of a forward, all sequences together (default: {DECODE_ROWS})",
     )
 
 

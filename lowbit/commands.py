@@ -53,10 +53,19 @@ def dtype_of(args) -> torch.dtype | None:
 def open_model(args):
     """(model, tokenizer) of MODEL_OR_DIR: a quantized checkpoint or a full-precision model."""
     if quant_method(args.model) is None:
+        if args.decode is not None:
+            raise InputError(f"--decode needs a packed model, got {args.model!r} in full precision")
         model, tokenizer = load_source(args.model, dtype_of(args), args.trust_remote_code)
         checkpoint.check_tokenizer(model, tokenizer)
         return model.to(device_of(args)), tokenizer
-    model = checkpoint.load(args.model, args.backend, dtype_of(args), device_of(args))
+    model = checkpoint.load(
+        args.model,
+        args.backend,
+        dtype_of(args),
+        device_of(args),
+        decode=args.decode,
+        decode_rows=args.decode_rows,
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
     except (OSError, ValueError) as error:

@@ -59,6 +59,7 @@ def run_eval(args) -> Result:
         "recipe": config and config.recipe,
         "format": config and config.format.name,
         "backend": args.backend,
+        "decode": args.decode and model.lowbit_decode._asdict(),
         "texts": [],
     }
     lines, of = results_of(args), {"model": identity_of(model), **conditions_of(args, model, kind)}
@@ -66,7 +67,7 @@ def run_eval(args) -> Result:
         result["texts"].append(measured_on(model, tokenizer, text, kind, args))
         lines.append({"of": of, **result["texts"][-1]})
     name = f"{kind} {config.recipe} {config.format}" if config else kind
-    people = [_text_line(found, name) for found in result["texts"]]
+    people = [_text_line(found, name, model) for found in result["texts"]]
     if asked:
         batch = zero_shot.batch_size_of(args.batch_size, model.device)
         found = zero_shot.evaluate(model, tokenizer, asked, manager, batch, args.items, lines, of)
@@ -95,13 +96,14 @@ def identity_of(model) -> str:
 
 def conditions_of(args, model, kind: str) -> dict[str, str]:
     """What else the numbers depend on."""
-    return {
+    conditions = {
         "kind": kind,
         "backend": str(args.backend),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "lowbit": str(installed_version("lowbit")),
     }
+    return conditions | ({"decode": str(model.lowbit_decode)} if args.decode else {})
 
 
 def measured_on(model, tokenizer, text: Text, kind: str, args) -> dict:
@@ -125,8 +127,10 @@ def measured_on(model, tokenizer, text: Text, kind: str, args) -> dict:
     return measured | {"seconds": time.perf_counter() - start}
 
 
-def _text_line(found: dict, name: str) -> str:
-    words = found.get("word_perplexity")
+def _text_line(found: dict, name: str, model) -> str:
+    words, decode = found.get("word_perplexity"), getattr(model, "lowbit_decode", None)
+    if decode is not None:  # a window is a forward
+        name += f", {decode}" + ("" if found["window"] <= decode.rows else ": not these windows")
     return (
         f"perplexity {found['perplexity']:.4f} +- {found['standard_error']:.4f}   ({name}; "
         f"{found['windows']} windows of {found['window']} tokens of {found['text']})"

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import torch
 from models import tiny_llama
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit import cuda
 from lowbit.config import LowbitConfig
@@ -29,7 +31,44 @@ DECODING = (
     "silu_mul_hadamard_quant",
     "int_gemm",
 )
+# And for one that is not quantized, beside two norms of torch's.
+DECODING_FLOAT = (
+    "weight_only_gemm",
+    "kv_append",
+    "kv_attention",
+    "hadamard",
+    "weight_only_gemm",
+    "aten::add",
+    "weight_only_gemm",
+    "aten::silu",
+    "aten::mul",
+    "hadamard",
+    "weight_only_gemm",
+    "aten::add",
+)
 WEIGHT_ONLY_REFERENCE = "lowbit.ops.weight_only_gemm:_reference"
+
+
+class Launches(TorchDispatchMode):
+    """What runs: ops that are not views of their inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        own = func.namespace == "lowbit"
+        if own or not (func.is_view or func._schema.name in ("aten::sym_size", "aten::detach")):
+            self.names.append(func._schema.name.removeprefix("lowbit::"))
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of(block: nn.Module) -> Launches:
+    """What runs in the next call of `block`."""
+    mode = Launches()
+    block.register_forward_pre_hook(lambda *_: mode.__enter__() and None)
+    block.register_forward_hook(lambda *_: mode.__exit__(None, None, None))
+    return mode
 
 
 def packed_llama(

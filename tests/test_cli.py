@@ -41,7 +41,8 @@ def text(tmp_path_factory):
 
 
 RTN = ["--recipe", "quarot-rtn", "--format", "w4a4kv4"]
-WINDOWS = ["--window", "64", "--limit", "3"]
+WINDOW = 64
+WINDOWS = ["--window", str(WINDOW), "--limit", "3"]
 
 
 def lowbit(*args):
@@ -95,6 +96,28 @@ def test_packed_equals_fake_and_differs_from_full_precision(capsys, source, pack
     ppl = {name: r["texts"][0]["perplexity"] for name, r in found.items()}
     assert ppl["packed"] == pytest.approx(ppl["fake"], rel=1e-3)
     assert abs(ppl["packed"] / ppl["full"] - 1) > 1e-3
+
+
+def test_windows_of_few_rows_are_not_quantized(capsys, packed, source, text):
+    """A window is a forward of so many rows: what decode runs is what is evaluated, or it is said
+    that it is not."""
+    decode, found = ("--decode", "w4a16", "--decode-rows"), {}
+    runs = {"exact": [source], "own": [packed], "wide": [packed, *decode, WINDOW - 1]}
+    runs |= {"few": [packed, *decode, WINDOW], "fake": [packed, "--fake", *decode, WINDOW]}
+    for name, args in runs.items():
+        code, out, err = in_process(capsys, "eval", *args, "--text", text, *WINDOWS, "--json")
+        assert code == 0, err
+        found[name] = json.loads(out)
+    ppl = {name: r["texts"][0]["perplexity"] for name, r in found.items()}
+    assert ppl["wide"] == ppl["own"] != ppl["few"] == pytest.approx(ppl["fake"], rel=1e-6)
+    assert found["own"]["decode"] is None and found["exact"]["decode"] is None
+    assert found["few"]["decode"] == {"format": "w4a16", "rows": WINDOW}
+    for rows, note in ((WINDOW, "w4a16 up to {} rows; 3"), (WINDOW - 1, "rows: not these windows")):
+        args = (packed, *decode, rows, "--text", text, *WINDOWS)
+        code, out, _ = in_process(capsys, "eval", *args)
+        assert code == 0 and note.format(rows) in out
+    last = (packed / "evaluation.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["of"]["decode"] == f"w4a16 up to {WINDOW - 1} rows"
 
 
 def test_generate_is_deterministic_and_counts(capsys, packed):
@@ -216,6 +239,9 @@ MISTAKES = {
     "window": (["eval", "P", "--window", "1"], ["window must be at least 2 tokens, got 1"]),
     "limit": (["eval", "P", "--text", "T", "--window", "8", "--limit", "0"], ["limit", "got 0"]),
     "fake": (["eval", "S", "--fake"], ["--fake needs a checkpoint"]),
+    "decode": (["eval", "P", "--decode", "w8a16"], ["decode must be 'w4a16'", "got 'w8a16'"]),
+    "decode rows": (["generate", "P", "x", "--decode-rows", "4"], ["needs decode", "got 4 alone"]),
+    "decode, full": (["eval", "S", "--decode", "w4a16"], ["--decode needs a packed model"]),
     "backend": (
         ["eval", "P", "--text", "T", *WINDOWS, "--backend", "cuda"],
         ["backend 'cuda' was asked for and cannot run this call", "cuda: the "],

@@ -6,8 +6,7 @@ import pytest
 import torch
 from helpers import assert_bitwise
 from models import tiny_config, tiny_llama, tiny_model, tiny_tokens
-from packed import DECODING, pack_model, packed_llama
-from torch.utils._python_dispatch import TorchDispatchMode
+from packed import DECODING, launches_of, pack_model, packed_llama
 from transformers import MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 import lowbit
@@ -91,36 +90,18 @@ def test_16_bits():
     assert (fused - exact).norm() < 1.5 * (plain - exact).norm() < 0.5 * exact.norm()
 
 
-class Launches(TorchDispatchMode):
-    """What runs: ops that are not views of their inputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        own = func.namespace == "lowbit"
-        if own or not (func.is_view or func._schema.name in ("aten::sym_size", "aten::detach")):
-            self.names.append(func._schema.name.removeprefix("lowbit::"))
-        return func(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("batch, pads", [(1, 0), (3, 0), (3, 2)])
 def test_nine_launches_a_layer(batch, pads):
     """Of a layer that decodes, but the first, which finds where the tokens go."""
     model = fuse(packed_llama(num_layers=3))
-    seen, tokens = [], tiny_tokens(batch, 9)
+    tokens = tiny_tokens(batch, 9)
     mask = torch.ones(batch, 9, dtype=torch.int64)
     mask[0, :pads] = 0
     given = {"attention_mask": mask} if pads else {}
     prompt = {name: mask[:, :-1] for name, mask in given.items()}
     cache = model(tokens[:, :-1], use_cache=True, **prompt).past_key_values
-    for block in model.model.layers[1:]:
-        mode = Launches()
-        block.register_forward_pre_hook(lambda *_, mode=mode: mode.__enter__() and None)
-        block.register_forward_hook(lambda *_, mode=mode: mode.__exit__(None, None, None))
-        seen.append(mode)
+    seen = [launches_of(block) for block in model.model.layers[1:]]
     model(tokens[:, -1:], past_key_values=cache, **given)
     for mode in seen:
         assert tuple(mode.names) == DECODING

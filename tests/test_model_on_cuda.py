@@ -15,7 +15,7 @@ from models import tiny_llama, tiny_tokens
 import lowbit
 from lowbit import cuda
 from lowbit.formats import Layout
-from lowbit.nn import QuantLinear, fuse
+from lowbit.nn import QuantLinear, fuse, set_decode
 from lowbit.nn.swap import set_backend
 from lowbit.ops.dispatch import Op
 from lowbit.ops.kv_append import CACHE
@@ -94,12 +94,20 @@ def values(quantized, bits: int, packed: bool) -> torch.Tensor:
     return DEQUANTIZE.reference(codes, scale, zero_point, bits, packed, torch.float64)
 
 
-def agrees(format: str, ran: set[str], layout: Layout, kernels: set[str] = KERNELS, fused=False):
+def agrees(
+    format: str,
+    ran: set[str],
+    layout: Layout,
+    kernels: set[str] = KERNELS,
+    fused=False,
+    decode: str | None = None,
+):
     device = cuda.LIBRARY.device_type
     model = lowbit.quantize(tiny_llama(**SIZES), RECIPE, format, progress=False).bfloat16()
     model, tokens = model.to(device), tiny_tokens(2, 9).to(device)
     if fused:
         fuse(model)
+    set_decode(model, decode, 2)
     expected = logits_of(model, "reference", tokens).float()
     ran.clear()
     got = logits_of(model, None, tokens).float()
@@ -123,6 +131,21 @@ def test_on_hopper(format, ran):
 def test_fused(format, ran):
     """Views of merged outputs go where whole tensors went."""
     agrees(format, ran, Layout.FRAGMENT, KERNELS - {"quantize"} | {"rmsnorm_quant"}, fused=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "format, decode, layout",
+    [
+        pytest.param("w4a4kv4", "w4a16", Layout.FRAGMENT, marks=pytest.mark.emulate(90)),
+        pytest.param("w8a8kv8", "w8a16", Layout.FRAGMENT, marks=pytest.mark.emulate(90)),
+        pytest.param("w4a4kv4", "w4a16", Layout.FRAGMENT_INT4, marks=pytest.mark.emulate(80)),
+    ],
+)
+def test_tokens_that_are_not_quantized(format, decode, layout, ran):
+    """After a prompt that is, on the same weights."""
+    kernels = KERNELS | {"kv_attention", "weight_only_gemm"}
+    agrees(format, ran, layout, kernels, decode=decode)
 
 
 @torch.no_grad()

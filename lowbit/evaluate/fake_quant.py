@@ -72,13 +72,18 @@ class FakeQuantLinear(nn.Module):
     weight  fp32 [N, K]: dequantized where the input is not quantized, else the codes alone, which
             `scale` [N, G] then multiplies outside the sum over each group. Of two-level scales the
             integers multiply the codes: `scale` is [N, 1]
+
+    Inputs that the QuantLinear does not quantize, few rows (lowbit/nn/decode.py), are not here.
     """
+
+    quantizes = QuantLinear.quantizes
 
     def __init__(self, linear: QuantLinear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.activation_format = linear.activation_format
         self.activation_clip, self.rotation = linear.activation_clip, linear.rotation
+        self.decode_rows = linear.decode_rows
         packed = linear.packed_weight
         if self.activation_format is None:
             weight, self.scale = dequantize(packed, torch.float32), None
@@ -98,8 +103,8 @@ class FakeQuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = rotate(x.to(self.weight.dtype), self.rotation)
-        if self.activation_format is None:
-            return F.linear(y, self.weight, self.bias).to(x.dtype)
+        if not self.quantizes(y):
+            return F.linear(y, self._dequantized(), self.bias).to(x.dtype)
         codes, x_scale = fake_codes(y, self.activation_format, self.activation_clip)
         groups = self.scale.shape[1]
         total = 0
@@ -112,6 +117,12 @@ class FakeQuantLinear(nn.Module):
             total = total + F.linear(x_group, w_group).to(y.dtype) * w_scale
         total = total * x_scale
         return (total if self.bias is None else total + self.bias).to(x.dtype)
+
+    def _dequantized(self) -> Tensor:
+        if self.scale is None:
+            return self.weight
+        groups = self.weight.unflatten(1, (self.scale.shape[1], -1))
+        return (groups * self.scale.unsqueeze(-1)).flatten(1)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

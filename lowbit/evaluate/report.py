@@ -65,8 +65,7 @@ class Page:
         for line in self.lines:
             if "perplexity" in line:
                 of = line["of"]
-                conditions = (of["kind"], of["backend"], of["dtype"], of["device"])
-                last[line["text"], line["window"], line["windows"], conditions] = line
+                last[line["text"], line["window"], line["windows"], of["kind"], _as(of)] = line
         if not last:
             return self._not_measured("--text wikitext2")
         head = ["text", "windows", "of", "as", "perplexity", "word perplexity"]
@@ -172,7 +171,8 @@ def _at_first(block: dict) -> float | None:
 
 def _as(of: dict[str, str]) -> str:
     backend = "" if of["backend"] == "None" else f", {of['backend']}"
-    return f"{of['dtype']} on {of['device']}{backend}"
+    decode = f", {of['decode']}" if "decode" in of else ""
+    return f"{of['dtype']} on {of['device']}{backend}{decode}"
 
 
 def _metrics(metrics: dict[str, float]) -> str:

@@ -1,6 +1,7 @@
 """The modules of a packed model; each holds state and calls ops, none does math."""
 
 from lowbit.nn.attention import QuantAttention
+from lowbit.nn.decode import set_decode
 from lowbit.nn.fused import fuse, unfuse
 from lowbit.nn.kv_cache import QuantKVCache
 from lowbit.nn.linear import QuantLinear, prepare
@@ -17,6 +18,7 @@ __all__ = [
     "fuse",
     "prepare",
     "set_backend",
+    "set_decode",
     "swap",
     "unfuse",
 ]

@@ -211,7 +211,7 @@ class QuantAttention(nn.Module):
     def _attend(self, *attention) -> Tensor | PackedTensor:
         """The input of the output linear for the arguments of kv_attention."""
         o_proj = self.output
-        if not self._quantizes_for(o_proj):
+        if not self._quantizes_for(o_proj, attention[0]):
             return kv_attention(*attention, backend=self.backend).flatten(1)
         order, inner = 0, 1
         if o_proj.transform is not None:
@@ -227,15 +227,15 @@ class QuantAttention(nn.Module):
             backend=self.backend,
         )
 
-    def _quantizes_for(self, o_proj: nn.Module) -> bool:
-        """Whether attention and o_proj's quantizer are one op.
+    def _quantizes_for(self, o_proj: nn.Module, q: Tensor) -> bool:
+        """Whether attention of q and o_proj's quantizer are one op.
 
         Not where they were given different backends. Nor with a rotation that is not a Hadamard
         matrix: no CUDA kernel has it, and attention would have to run elsewhere with it.
         """
         return (
             isinstance(o_proj, QuantLinear)
-            and o_proj.activation_format is not None
+            and o_proj.quantizes(q)
             and o_proj.backend == self.backend
             and (o_proj.transform is None or o_proj.transform.kind == "hadamard")
         )

@@ -13,6 +13,10 @@
 In fp32 on the reference backend the bits are those of the layer as it was. In 16 bits they are not:
 what a norm and a linear make is narrowed once less. Where KV is not quantized, attention is
 transformers' own with its norm, and the MLP is fused.
+
+Where few rows are not quantized (lowbit/nn/decode.py) the norms are torch's, attention, the gated
+product, its rotation and that of o_proj's input run one by one, and residuals are added after the
+GEMMs; merged linears stay.
 """
 
 from collections.abc import Iterator
@@ -21,6 +25,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from lowbit.formats import PackedTensor
@@ -56,6 +61,7 @@ class MergedLinear(QuantLinear):
         )
         self.sizes = {name: part.out_features for name, part in parts.items()}
         self.rotation, self.backend = first.rotation, first.backend
+        self.decode_rows = first.decode_rows
         weights = [part.packed_weight for part in parts.values()]
         joined = {
             name: torch.cat([getattr(w, name) for w in weights])
@@ -83,6 +89,7 @@ class MergedLinear(QuantLinear):
                 self.dtype,
             )
             part.rotation, part.backend = self.rotation, self.backend
+            part.decode_rows = self.decode_rows
             part.prepare()
             parts[name] = part.train(self.training)
             start += size
@@ -134,8 +141,10 @@ class FusedBlock:
         return self.get_submodule(adapter.attention), self.get_submodule(adapter.mlp), norms
 
 
-def _normed(norm: nn.Module, linear: QuantLinear, x: Tensor) -> PackedTensor:
-    """The norm of x, quantized for `linear`."""
+def _normed(norm: nn.Module, linear: QuantLinear, x: Tensor) -> Tensor | PackedTensor:
+    """The norm of x, quantized for `linear` where it quantizes its input."""
+    if not linear.quantizes(x):
+        return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
     if linear.rotation is not None:
         return linear.quantize_input(norm(x))
     y, _ = rmsnorm_quant(

@@ -1,7 +1,8 @@
 """QuantLinear: packed weights, and where the recipe says so quantized and rotated inputs.
 
     y = int_gemm(quantize(rotate(x)), W) + bias      activation_format given
-    y = weight_only_gemm(rotate(x), W) + bias        activation_format None
+    y = weight_only_gemm(rotate(x), W) + bias        activation_format None, or at most decode_rows
+                                                     rows (lowbit/nn/decode.py)
 
 State dict: codes, scale, zero_point (asymmetric weights only), channel_scale (two-level scales
 only), bias; canonical layout. And what a rotation of the input has learned: rotation.matrix_0.
@@ -65,6 +66,7 @@ class QuantLinear(nn.Module):
         self.rotation = None if transform is None else OnlineMap(transform, device)
         self.dtype = dtype
         self.backend: str | None = None
+        self.decode_rows = 0  # inputs of so many rows, or fewer, are not quantized
         self.layout = Layout.ROW_MAJOR  # of self.codes, at this time
 
         groups = weight_format.num_groups(in_features)
@@ -127,7 +129,8 @@ class QuantLinear(nn.Module):
         device where they lie. Another call, after either has changed, undoes it where need be."""
         weight = self.prepared_weight
         if self.backend in (None, "cuda"):
-            self._set_codes(laid_out_for_device(weight, self.activation_format, self.dtype))
+            decode = self.decode_rows > 0
+            self._set_codes(laid_out_for_device(weight, self.activation_format, self.dtype, decode))
         else:
             self._set_codes(to_layout(weight, Layout.ROW_MAJOR))
 
@@ -178,6 +181,11 @@ class QuantLinear(nn.Module):
             backend=self.backend,
         )
 
+    def quantizes(self, x: Tensor) -> bool:
+        """Whether x [..., in_features], of any shape of so many elements, is quantized."""
+        rows = x.numel() // self.in_features
+        return self.activation_format is not None and not 0 < rows <= self.decode_rows
+
     @property
     def transform(self) -> OnlineTransform | None:
         """What rotates the input."""
@@ -194,7 +202,7 @@ class QuantLinear(nn.Module):
             if self.layout is not Layout.ROW_MAJOR:  # a layer that shares x may have wanted another
                 x = to_layout(x, self.input_layout, self.backend)
             return self._product(x, self.dtype, residual)
-        if self.activation_format is not None:
+        if self.quantizes(x):
             return self._product(self.quantize_input(x), x.dtype, residual)
         if self.rotation is not None:
             x = self.rotation(x, self.backend)
@@ -239,6 +247,8 @@ class QuantLinear(nn.Module):
         if self.transform is not None:
             t = self.transform
             parts.append(f"rotation={t.kind}(order={t.order}, inner={t.inner})")
+        if self.decode_rows:
+            parts.append(f"float up to {self.decode_rows} rows")
         return ", ".join(parts)
 
 
@@ -263,7 +273,7 @@ def shared_input(linear: nn.Module, x: Tensor | PackedTensor) -> Tensor | Packed
     """What linears that read x take: x quantized once, where `linear`, one of them, does so."""
     if isinstance(x, PackedTensor):
         return x
-    if isinstance(linear, QuantLinear) and linear.activation_format is not None:
+    if isinstance(linear, QuantLinear) and linear.quantizes(x):
         return linear.quantize_input(x)
     return x
 

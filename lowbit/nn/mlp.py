@@ -79,7 +79,8 @@ class QuantMLP(nn.Module):
         gate, up = self._gate_up(x)
         down = getattr(self, self.parts.output)
         rotation = down.rotation
-        if rotation is not None and len(rotation.transform.stages) > 1:  # no kernel has two
+        two_stages = rotation is not None and len(rotation.transform.stages) > 1  # in no kernel
+        if two_stages or not down.quantizes(gate):
             return down(self.act_fn(gate) * up, residual)
         order, matrix = 0, None
         if rotation is not None:

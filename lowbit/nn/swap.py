@@ -80,7 +80,7 @@ def swap(model: PreTrainedModel, adapter: Adapter, config: LowbitConfig) -> PreT
         base = model.get_submodule(adapter.base_path)
         base.lowbit_kv = quantized.kv
         base.lowbit_cache_hook = base.register_forward_pre_hook(use_quant_cache, with_kwargs=True)
-    model.lowbit_config = config
+    model.lowbit_config, model.lowbit_decode = config, None
     return model
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from lowbit import cuda
+from lowbit.errors import InputError
 from lowbit.formats import FRAGMENT_BITS, GROUP_SIZES, IntFormat, Layout, PackedTensor, codes_shape
 from lowbit.ops.int_gemm import CUDA_GROUP_SIZES, CUDA_INT4_SM, INT_GEMM
 from lowbit.ops.int_gemm import call_arguments as int_gemm_arguments
@@ -20,7 +21,8 @@ def cuda_layout(w: IntFormat, x: IntFormat | None, K: int, N: int, sm: int) -> L
 
     x: the format of quantized activations. For those of 4 bits FRAGMENT_INT4, which wants them
     ROW_MAJOR, on sm_80 .. sm_89, which alone have 4-bit matrix units; else FRAGMENT, which wants
-    BYTES. For activations that are not quantized (None) FRAGMENT_FLOAT.
+    BYTES. For activations that are not quantized (None) FRAGMENT_FLOAT; where only some are not,
+    the layout is that of those which are, and weight_only_gemm reads it too.
     """
     if N % 8 or K % (8 if x is None else 16):
         return None
@@ -42,12 +44,15 @@ def input_layout(w_layout: Layout) -> Layout:
 
 
 def laid_out_for_device(
-    w: PackedTensor, x_format: IntFormat | None, dtype: torch.dtype
+    w: PackedTensor, x_format: IntFormat | None, dtype: torch.dtype, decode: bool = False
 ) -> PackedTensor:
     """w as the CUDA kernel of its device reads it; dtype: of y, and of x that is not quantized.
 
     ROW_MAJOR where that does not take the weight, or says why it cannot multiply a row of x_format
     by it: so no weight is left in a layout that the reference alone can read.
+
+    decode: some calls multiply it by x that is not quantized (lowbit/nn/decode.py). Where a kernel
+    has the one product and not the other, which would run on the reference, an InputError.
     """
     N, K = w.shape
     wanted = None
@@ -55,7 +60,14 @@ def laid_out_for_device(
         wanted = cuda_layout(w.format, x_format, K, N, cuda.sm(w.codes.device))
     if wanted is not None:
         codes = w.codes.new_empty(codes_shape(w.format, wanted, w.shape))
-        if _why_not(replace(w, codes=codes, layout=wanted), x_format, dtype) is None:
+        laid_out = replace(w, codes=codes, layout=wanted)
+        if _why_not(laid_out, x_format, dtype) is None:
+            reason = _why_not(laid_out, None, dtype) if decode else None
+            if reason is not None:
+                raise InputError(
+                    f"decode needs a kernel for rows that are not quantized, of weights that lie "
+                    f"as int_gemm reads them: {reason}"
+                )
             return to_layout(w, wanted)
     return to_layout(w, Layout.ROW_MAJOR)
 
