@@ -12,6 +12,7 @@ from lowbit.evaluate.fake_quant import to_fake
 from lowbit.evaluate.perplexity import perplexity
 from lowbit.formats import IntFormat
 from lowbit.interop.export import export
+from lowbit.nn import set_decode
 from lowbit.nn.linear import QuantLinear
 from lowbit.ops import dequantize
 from lowbit.rounding import RTN
@@ -86,3 +87,11 @@ def test_export_says_what_it_cannot(tmp_path):
 def test_rows_must_fill_bytes():
     with pytest.raises(InputError, match="w8a8-head2: lm_head: a row must fill whole bytes"):
         quantized("w8a8-head2", "rtn", hidden_size=62, num_heads=1, num_kv_heads=1)
+
+
+def test_decode_is_of_linears_that_quantize_their_input():
+    model = quantized()
+    set_decode(model, "w4a16", 24)
+    assert model.lm_head.decode_rows == 0 and model.model.layers[0].mlp.down_proj.decode_rows == 24
+    packed = logits_of(model)
+    assert_bitwise(logits_of(to_fake(model)), packed)

@@ -44,7 +44,7 @@ def set_decode(model: PreTrainedModel, decode: str | None, rows: int = DECODE_RO
     for experts, whose rows a router chooses; and where the device's kernels of the two ops read no
     layout in common.
     """
-    linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    linears = [m for m in model.modules() if isinstance(m, QuantLinear) and m.activation_format]
     if decode is not None:
         _check(model, decode, rows, linears)
     try:
