@@ -24,6 +24,8 @@ class LowbitConfig:
                               quantized, e.g. "mlp.down_proj"
     query_key_transform       rotation of q and k after RoPE; None: none
     centred                   the mean is out of the residual stream: LayerNorms are RMSNorms
+    tensor_parallel           ranks that may share the model out: inputs of the linears that read
+                              heads or MLP channels have a scale for the slice of each
     report                    what was done and measured while quantizing; never read back
     """
 
@@ -35,11 +37,13 @@ class LowbitConfig:
     input_transforms: dict[str, OnlineTransform] = field(default_factory=dict)
     query_key_transform: OnlineTransform | None = None
     centred: bool = False
+    tensor_parallel: int = 1
     report: dict = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """JSON-able, under the keys transformers reads first (quant_method)."""
         query_key = self.query_key_transform
+        ranks = {"tensor_parallel": self.tensor_parallel} if self.tensor_parallel > 1 else {}
         return {
             "quant_method": QUANT_METHOD,
             "version": VERSION,
@@ -52,6 +56,7 @@ class LowbitConfig:
             "input_transforms": {k: t.to_dict() for k, t in self.input_transforms.items()},
             "query_key_transform": query_key and query_key.to_dict(),
             "centred": self.centred,
+            **ranks,  # where it is 1, earlier releases read the checkpoint too
             "report": self.report,
         }
 
@@ -81,6 +86,9 @@ class LowbitConfig:
         clips = d.get("clips", {})
         if not isinstance(clips, dict) or not all(map(_is_clip, clips.values())):
             raise InputError(f"clips must be numbers in (0, 1] by module, got {clips}")
+        ranks = d.get("tensor_parallel", 1)
+        if type(ranks) is not int or ranks < 1:
+            raise InputError(f"tensor_parallel must be an integer of at least 1, got {ranks!r}")
         query_key = d.get("query_key_transform")
         return cls(
             format=QuantFormat.parse(d["format"]),
@@ -91,6 +99,7 @@ class LowbitConfig:
             input_transforms={k: OnlineTransform(**t) for k, t in d["input_transforms"].items()},
             query_key_transform=query_key and OnlineTransform(**query_key),
             centred=d.get("centred", False),  # None had LayerNorms before it was written
+            tensor_parallel=ranks,
             report=d.get("report", {}),
         )
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from lowbit.finished import FinishedBlock
 from lowbit.flattening import Flat
-from lowbit.formats import PackedTensor, QuantFormat
+from lowbit.formats import IntFormat, PackedTensor, QuantFormat
 from lowbit.ops import dequantize
 from lowbit.reach import unreached_experts
 from lowbit.recipes import Recipe
@@ -327,15 +327,16 @@ class Executor:
 
     def _hook_quantizers(self, block: nn.Module) -> list:
         """Handles of the hooks that quantize what the linears read, where the rounder asks."""
-        format = self.format.activation
-        if format is None or not self.rounder.quantized_inputs:
+        if self.format.activation is None or not self.rounder.quantized_inputs:
             return []
 
-        def quantizer(clip: float):
+        def quantizer(format: IntFormat, clip: float):
             return lambda _module, args: (quantized_through(args[0], format, clip), *args[1:])
 
         clips = dict.fromkeys(self.adapter.linears, self.activation_clip) | self.flat.clips
-        return [
-            block.get_submodule(name).register_forward_pre_hook(quantizer(clips[name]))
-            for name in self.adapter.linears
-        ]
+        handles = []
+        for name in self.adapter.linears:
+            linear = block.get_submodule(name)
+            format = self.adapter.input_format(name, linear.in_features, self.format.activation)
+            handles.append(linear.register_forward_pre_hook(quantizer(format, clips[name])))
+        return handles

@@ -207,7 +207,9 @@ class FlatBlock(LearnedBlock):
         block, adapter = self.problem.block, self.adapter
         for stage in adapter.stages:
             base = next((m.start.base for m in self.maps if stage[0] in self._online(m)), None)
-            _install_input(block, stage, _Input(base, self.format.activation))
+            width = block.get_submodule(stage[0]).in_features
+            grid = adapter.input_format(stage[0], width, self.format.activation)
+            _install_input(block, stage, _Input(base, grid))
         if self.format.kv is not None:
             turn = next((r for r in self.fitted.rotations if r.space == "query_key"), None)
             kv = _KV(self.format.kv, turn and turn.at(index))

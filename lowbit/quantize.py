@@ -14,6 +14,7 @@ calibration windows (lowbit/parallel.py); each has all the rest.
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from lowbit.nn.swap import swap
 from lowbit.progress import Progress, fingerprint
 from lowbit.recipes import Calibration, Recipe, recipe_named, settings_of
 from lowbit.rounding import RTN
+from lowbit.tensor_parallel import check_ranks
 from lowbit.transforms import (
     FittedTransforms,
     FoldNorms,
@@ -73,8 +75,8 @@ def quantize(
                  call goes on from there after a kill, to the same bits. Yours to delete
 
     Raises InputError for an unknown recipe, format or architecture, a group size that does not
-    divide, weights or calibration activations that are not finite, a text too short, and where
-    `resume` holds another fit.
+    divide, sizes that the recipe's tensor_parallel does not divide, weights or calibration
+    activations that are not finite, a text too short, and where `resume` holds another fit.
     """
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
     format = QuantFormat.parse(format) if isinstance(format, str) else format
@@ -85,9 +87,10 @@ def quantize(
         model = stored.model
     if getattr(model, "lowbit_config", None) is not None:
         raise InputError(f"model must not be quantized yet, got {model.lowbit_config.format}")
-    adapter = adapter_of(model)
+    adapter = replace(adapter_of(model), ranks=recipe.tensor_parallel)
     model.eval().requires_grad_(False)
     check_weights(model, stored, adapter, format)
+    check_ranks(model, adapter, format.weight, recipe.tensor_parallel)
     windows = texts = None
     vocabulary = model.get_input_embeddings().num_embeddings
     if needed_streams(recipe, format):
@@ -243,6 +246,7 @@ def _config(
         input_transforms=fitted.input_transforms,
         query_key_transform=fitted.query_key if format.kv else None,
         centred=fitted.fold_norms and fitted.adapter.layer_norms,
+        tensor_parallel=recipe.tensor_parallel,
         report={
             "lowbit": installed_version("lowbit"),
             **{name: value for name, value in made.items() if value},

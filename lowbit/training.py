@@ -169,8 +169,10 @@ def _trainable(
         fixed.fuse_block(block, index)
         for name in adapter.linears:
             reads = [s for s in turns if name in adapter.spaces[s].readers]
+            plain = block.get_submodule(name)
+            grid = adapter.input_format(name, plain.in_features, format.activation)
             linear = _LearningLinear(
-                block.get_submodule(name),
+                plain,
                 reads=[turns[s] for s in reads],
                 writes=[
                     (turns[s], adapter.spaces[s])
@@ -179,7 +181,7 @@ def _trainable(
                 ],
                 index=index,
                 online=[turns[s] for s in reads if not adapter.spaces[s].writers],
-                activation=(format.activation, activation_clip),
+                activation=(grid, activation_clip),
                 weight=(format.weight, training.weights),
             )
             block.set_submodule(name, linear)

@@ -113,7 +113,7 @@ def agrees(
     got = logits_of(model, None, tokens).float()
     assert ran == kernels
     linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    assert {m.prepared_weight.layout for m in linears} == {layout}
+    assert {m.layout for m in linears} == {layout}
     # The model's own path; unrelated logits are 140 % away.
     assert (got - expected).norm() < 0.1 * expected.norm()
 

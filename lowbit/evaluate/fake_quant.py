@@ -29,6 +29,7 @@ from lowbit.nn.fused import unfuse
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.mlp import QuantMLP
 from lowbit.nn.online_map import OnlineMap
+from lowbit.nn.slices import cut
 from lowbit.ops import dequantize, to_layout
 from lowbit.ops.kv_attention import attend
 
@@ -103,20 +104,38 @@ class FakeQuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = rotate(x.to(self.weight.dtype), self.rotation)
-        if not self.quantizes(y):
-            return F.linear(y, self._dequantized(), self.bias).to(x.dtype)
+        count = self.slices
+        y_slices = y.chunk(count, -1)
+        if self.quantizes(y):
+            slices = (y_slices, self.weight.chunk(count, -1), cut(self.scale, count))
+            first, *others = (self._product(*part) for part in zip(*slices, strict=True))
+        else:
+            slices = (y_slices, self._dequantized().chunk(count, -1))
+            first, *others = (F.linear(*part) for part in zip(*slices, strict=True))
+        total = first if self.bias is None else first + self.bias
+        for part in others:
+            total = part + total
+        return total.to(x.dtype)
+
+    @property
+    def slices(self) -> int:
+        """Of the input, as the QuantLinear has them."""
+        grid = self.activation_format
+        return 1 if grid is None else grid.num_groups(self.in_features)
+
+    def _product(self, y: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """Of a slice of the input, which has a scale a row, by its columns of the weight."""
         codes, x_scale = fake_codes(y, self.activation_format, self.activation_clip)
-        groups = self.scale.shape[1]
+        groups = scale.shape[1]
         total = 0
         for x_group, w_group, w_scale in zip(
             codes.to(self.sum_dtype).chunk(groups, -1),
-            self.weight.to(self.sum_dtype).chunk(groups, -1),
-            self.scale.unbind(1),
+            weight.to(self.sum_dtype).chunk(groups, -1),
+            scale.unbind(1),
             strict=True,
         ):
             total = total + F.linear(x_group, w_group).to(y.dtype) * w_scale
-        total = total * x_scale
-        return (total if self.bias is None else total + self.bias).to(x.dtype)
+        return total * x_scale
 
     def _dequantized(self) -> Tensor:
         if self.scale is None:

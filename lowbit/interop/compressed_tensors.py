@@ -158,7 +158,7 @@ def quantization_config(config: LowbitConfig, dtype: torch.dtype) -> dict:
         )
     if config.format.kv:
         raise InputError(f"{METHOD} has no dynamic quantization of KV, got {config.format}")
-    _check_clips(config)
+    _check_inputs(config)
     layout = PACKED if activation is None else BYTES
     scheme = {
         "targets": ["Linear"],
@@ -190,7 +190,7 @@ def _arguments(grid: IntFormat, strategy: str, dynamic: bool = False) -> dict:
     }
 
 
-def _check_clips(config: LowbitConfig):
+def _check_inputs(config: LowbitConfig):
     """That the format's own quantizer of inputs is this one.
 
     Of symmetric 8-bit ones, also that which divides by 127, as vLLM's kernels do.
@@ -198,6 +198,11 @@ def _check_clips(config: LowbitConfig):
     activation = config.format.activation
     if activation is None:
         return
+    if config.tensor_parallel > 1:
+        raise InputError(
+            f"{METHOD} has one scale a token, got a model quantized for {config.tensor_parallel} "
+            "ranks, with a scale for the slice of each"
+        )
     known = {activation_clip(activation)}
     if activation.bits == 8:
         known.add(1.0)

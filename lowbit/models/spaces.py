@@ -9,12 +9,13 @@ Activations are row vectors. A map x -> x R on a space is undone in the tensors 
 Names of tensors are names of modules; inside a block they are relative to the block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import InputError
+from lowbit.formats import IntFormat
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ class Adapter:
     experts  how many MLPs `mlp` holds, numbered, each for the tokens that a router sends it; 0: it
             is an MLP itself
     stored_names  (part of a tensor's name in published checkpoints, what the model has there)
+    ranks   that may share out heads and MLP channels: what runs online stays inside the slice of
+            each (lowbit/tensor_parallel.py)
     """
 
     base_path: str
@@ -159,6 +162,7 @@ class Adapter:
     embedding_scale: float = 1.0
     experts: int = 0
     stored_names: tuple[tuple[str, str], ...] = ()
+    ranks: int = 1
 
     def __post_init__(self):
         unknown = sorted({name.partition(".")[0] for name in self.spaces} - set(SPACES))
@@ -193,3 +197,24 @@ class Adapter:
     def each(self, space: str) -> tuple[str, ...]:
         """What a recipe means by one of SPACES: that one, or one for each expert."""
         return tuple(s for s in self.spaces if s.partition(".")[0] == space) or (space,)
+
+    @property
+    def row_parallel(self) -> tuple[str, ...]:
+        """The linears that read what ranks share out: heads, or channels of an MLP."""
+        shared = (*self.each("heads"), *self.each("mlp_hidden"))
+        return tuple(name for space in shared for name in self.spaces[space].readers)
+
+    def of_rank(self, space: str) -> Space:
+        """A space as a map sees it: one that runs online on what ranks share out is that of one of
+        them, and maps all their slices alike."""
+        whole = self.spaces[space]
+        if whole.writers or not whole.readers or not set(whole.readers) <= set(self.row_parallel):
+            return whole
+        return replace(whole, dim=whole.dim // self.ranks)
+
+    def input_format(self, linear: str, width: int, format: IntFormat | None) -> IntFormat | None:
+        """The grid of the input of a linear, of `width` features: of what ranks share out the slice
+        of each has a scale of its own, so that it depends on no other."""
+        if format is None or self.ranks == 1 or linear not in self.row_parallel:
+            return format
+        return replace(format, group_size=width // self.ranks)

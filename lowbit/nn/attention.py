@@ -230,12 +230,14 @@ class QuantAttention(nn.Module):
     def _quantizes_for(self, o_proj: nn.Module, q: Tensor) -> bool:
         """Whether attention of q and o_proj's quantizer are one op.
 
-        Not where they were given different backends. Nor with a rotation that is not a Hadamard
-        matrix: no CUDA kernel has it, and attention would have to run elsewhere with it.
+        Not where they were given different backends, or the input is quantized in slices. Nor with
+        a rotation that is not a Hadamard matrix: no CUDA kernel has it, and attention would have to
+        run elsewhere with it.
         """
         return (
             isinstance(o_proj, QuantLinear)
             and o_proj.quantizes(q)
+            and o_proj.slices == 1
             and o_proj.backend == self.backend
             and (o_proj.transform is None or o_proj.transform.kind == "hadamard")
         )

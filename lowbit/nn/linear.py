@@ -4,6 +4,8 @@
     y = weight_only_gemm(rotate(x), W) + bias        activation_format None, or at most decode_rows
                                                      rows (lowbit/nn/decode.py)
 
+An activation_format with groups quantizes the input in slices: lowbit/nn/slices.py.
+
 State dict: codes, scale, zero_point (asymmetric weights only), channel_scale (two-level scales
 only), bias; canonical layout. And what a rotation of the input has learned: rotation.matrix_0.
 
@@ -12,12 +14,15 @@ In memory the codes of a layer lie as the kernels of their device read them (`Qu
 ROW_MAJOR, and what is saved is ROW_MAJOR wherever it comes from.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, Layout, PackedTensor
 from lowbit.nn.online_map import OnlineMap
+from lowbit.nn.slices import cut, quantized_by_slice, slices_of
 from lowbit.ops import hadamard_quant, int_gemm, quantize, to_layout, weight_only_gemm
 from lowbit.ops.kernel_layouts import input_layout, laid_out_for_device
 from lowbit.transforms.online import OnlineTransform
@@ -127,35 +132,53 @@ class QuantLinear(nn.Module):
     def prepare(self):
         """Lay the codes out for the kernels that will read them: those of `backend` and of the
         device where they lie. Another call, after either has changed, undoes it where need be."""
-        weight = self.prepared_weight
+        weights = self.prepared_weights
         if self.backend in (None, "cuda"):
-            decode = self.decode_rows > 0
-            self._set_codes(laid_out_for_device(weight, self.activation_format, self.dtype, decode))
+            grid, decode = self.activation_format, self.decode_rows > 0
+            grid = grid and replace(grid, group_size=None)
+            weights = [laid_out_for_device(w, grid, self.dtype, decode) for w in weights]
         else:
-            self._set_codes(to_layout(weight, Layout.ROW_MAJOR))
+            weights = [to_layout(w, Layout.ROW_MAJOR) for w in weights]
+        if weights[0].layout is Layout.ROW_MAJOR:
+            self._make_row_major()
+        elif weights[0].layout is not self.layout:
+            codes = [w.codes for w in weights]
+            codes = codes[0] if len(codes) == 1 else torch.cat(codes)
+            self.codes, self.layout = frozen(codes), weights[0].layout
 
-    def _set_codes(self, weight: PackedTensor):
-        if weight.layout is not self.layout:
-            self.codes, self.layout = frozen(weight.codes), weight.layout
+    def _make_row_major(self):
+        if self.layout is not Layout.ROW_MAJOR:
+            self.codes, self.layout = frozen(self.packed_weight.codes), Layout.ROW_MAJOR
+
+    @property
+    def slices(self) -> int:
+        """Of the input, each quantized by itself."""
+        grid = self.activation_format
+        return 1 if grid is None else grid.num_groups(self.in_features)
 
     @property
     def packed_weight(self) -> PackedTensor:
         """The weight in the canonical layout; a copy of its codes where the layer is prepared."""
-        return to_layout(self.prepared_weight, Layout.ROW_MAJOR)
+        codes = self.codes
+        if self.layout is not Layout.ROW_MAJOR:
+            parts = [to_layout(w, Layout.ROW_MAJOR).codes for w in self.prepared_weights]
+            codes = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        shape = torch.Size((self.out_features, self.in_features))
+        tensors = (codes, self.scale, self.zero_point)
+        last = (self.weight_format, Layout.ROW_MAJOR, shape, self.channel_scale)
+        return PackedTensor(*tensors, *last)
 
     @property
-    def prepared_weight(self) -> PackedTensor:
-        """The weight as its GEMM gets it."""
-        shape = torch.Size((self.out_features, self.in_features))
-        return PackedTensor(
-            self.codes,
-            self.scale,
-            self.zero_point,
-            self.weight_format,
-            self.layout,
-            shape,
-            self.channel_scale,
-        )
+    def prepared_weights(self) -> list[PackedTensor]:
+        """The weight as its GEMM gets it: the columns of each slice of the input, whose codes lie
+        one behind the other in a kernel layout."""
+        count = self.slices
+        is_row_major = self.layout is Layout.ROW_MAJOR
+        codes = cut(self.codes, count) if is_row_major else self.codes.chunk(count)
+        scales = (cut(self.scale, count), cut(self.zero_point, count))
+        shape = torch.Size((self.out_features, self.in_features // count))
+        last = (self.weight_format, self.layout, shape, self.channel_scale)
+        return [PackedTensor(*part, *last) for part in zip(codes, *scales, strict=True)]
 
     def quantize_input(self, x: Tensor) -> PackedTensor:
         """x, rotated and quantized; linears that read the same input may share the result."""
@@ -170,15 +193,19 @@ class QuantLinear(nn.Module):
                 backend=self.backend,
             )
         x, order, inner, matrix = self.rotation.last(x, self.backend)
-        return hadamard_quant(
-            x,
+        return quantized_by_slice(
+            lambda rows, format: hadamard_quant(
+                rows,
+                format,
+                order,
+                inner,
+                matrix,
+                self.activation_clip,
+                self.input_layout,
+                backend=self.backend,
+            ),
             self.activation_format,
-            order,
-            inner,
-            matrix,
-            self.activation_clip,
-            self.input_layout,
-            backend=self.backend,
+            x,
         )
 
     def quantizes(self, x: Tensor) -> bool:
@@ -206,12 +233,19 @@ class QuantLinear(nn.Module):
             return self._product(self.quantize_input(x), x.dtype, residual)
         if self.rotation is not None:
             x = self.rotation(x, self.backend)
-        y = weight_only_gemm(x, self.prepared_weight, self.bias, backend=self.backend)
+        first, *others = zip(cut(x, self.slices), self.prepared_weights, strict=True)
+        y = weight_only_gemm(*first, self.bias, backend=self.backend)
+        for part in others:
+            y = y + weight_only_gemm(*part, backend=self.backend)
         return y if residual is None else y + residual
 
     def _product(self, x: PackedTensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-        weight = self.prepared_weight
-        return int_gemm(x, weight, self.bias, dtype, backend=self.backend, residual=residual)
+        first, *others = zip(slices_of(x), self.prepared_weights, strict=True)
+        in_one = None if others else residual
+        y = int_gemm(*first, self.bias, dtype, backend=self.backend, residual=in_one)
+        for part, weight in others:
+            y = int_gemm(part, weight, None, dtype, backend=self.backend, residual=y)
+        return y if residual is in_one else y + residual
 
     def _apply(self, fn, recurse=True):
         """model.to(dtype) changes what the layer computes in, never the scales it was given;
@@ -233,7 +267,7 @@ class QuantLinear(nn.Module):
             destination[prefix + "codes"] = self.packed_weight.codes
 
     def _load_from_state_dict(self, *args):
-        self._set_codes(self.packed_weight)  # what is loaded is ROW_MAJOR
+        self._make_row_major()  # as what is loaded
         super()._load_from_state_dict(*args)
         self.prepare()
 

@@ -12,6 +12,7 @@ from lowbit.errors import InputError
 from lowbit.formats import PackedTensor
 from lowbit.models.spaces import LLAMA_MLP, MLPParts
 from lowbit.nn.linear import QuantLinear, check_same_input, shared_input
+from lowbit.nn.slices import quantized_by_slice
 from lowbit.ops import silu_mul_hadamard_quant
 
 # transformers' hidden_act -> activation of the op
@@ -85,15 +86,20 @@ class QuantMLP(nn.Module):
         order, matrix = 0, None
         if rotation is not None:
             ((order, _, matrix),) = rotation.stages(gate.device)
-        hidden = silu_mul_hadamard_quant(
+        hidden = quantized_by_slice(
+            lambda gate, up, format: silu_mul_hadamard_quant(
+                gate,
+                up,
+                format,
+                order,
+                matrix,
+                self.activation,
+                down.activation_clip,
+                down.input_layout,
+                backend=self.backend,
+            ),
+            down.activation_format,
             gate,
             up,
-            down.activation_format,
-            order,
-            matrix,
-            self.activation,
-            down.activation_clip,
-            down.input_layout,
-            backend=self.backend,
         )
         return down(hidden, residual)

@@ -1,5 +1,7 @@
 """swap: put the quantized modules of a LowbitConfig into a transformers model, in place."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,7 +27,7 @@ def swap(model: PreTrainedModel, adapter: Adapter, config: LowbitConfig) -> PreT
     `model` is as adapter_of leaves it. Codes and scales of new QuantLinears are empty: fill them
     with `assign` or load_state_dict. Biases are kept. A QuantLinear that is there already stays.
     """
-    quantized = config.format
+    quantized, adapter = config.format, replace(adapter, ranks=config.tensor_parallel)
     if getattr(model, "lowbit_config", None) is not None:
         raise InputError(f"model must not be quantized yet, got {model.lowbit_config.format}")
     unknown = sorted(set(config.input_transforms) - set(adapter.linears))
@@ -43,10 +45,11 @@ def swap(model: PreTrainedModel, adapter: Adapter, config: LowbitConfig) -> PreT
         if quantized.weight is not None:
             device = next(block.parameters()).device
             for name in adapter.linears:
+                plain = block.get_submodule(name)
                 linear = _quant_linear(
-                    block.get_submodule(name),
+                    plain,
                     quantized.weight,
-                    quantized.activation,
+                    adapter.input_format(name, plain.in_features, quantized.activation),
                     model.dtype,
                     device,
                     config.clips.get(f"{path}.{name}", config.activation_clip),

@@ -29,6 +29,8 @@ class Recipe:
     training    how learned rotations are learned
     flattening  how maps are learned, scales further, and clips of weights, inputs and KV, which
                 take the place of the recipe's clips; for rounders that take grids
+    tensor_parallel  how many ranks may share out the model: what is rotated or scaled online stays
+                inside the slice of each
     The clips map a bit width to a ratio; widths not named keep the whole range (1.0).
     """
 
@@ -42,9 +44,12 @@ class Recipe:
     calibration: Calibration = Calibration()
     training: Training | Distribution | None = None
     flattening: Flattening | None = None
+    tensor_parallel: int = 1
     reproduces: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self):
+        if self.tensor_parallel < 1:
+            raise InputError(f"tensor_parallel must be at least 1, got {self.tensor_parallel}")
         if self.flattening is None and any(isinstance(t, LearnMap) for t in self.transforms):
             raise InputError(f"recipe {self.name} has a LearnMap: flattening must be given")
         if self.flattening is not None and not isinstance(self.rounding, RTN | GPTQ):

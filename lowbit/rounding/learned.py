@@ -43,10 +43,11 @@ def quantized_through(x: Tensor, format: IntFormat, clip: float) -> Tensor:
 
 def clipped_through(x: Tensor, format: IntFormat, clip: Tensor) -> Tensor:
     """x [..., K] as a dynamic quantizer makes it, with gradients of x and of the clip ratio []."""
-    rows = x.flatten(0, -2)
-    share = clip.expand(len(rows), format.num_groups(rows.shape[1]))
+    # a row for each group: scales of inputs are fp32, unlike those of groups of weights
+    rows = x.reshape(-1, format.group_size or x.shape[-1])
+    share = clip.expand(len(rows), 1)
     low = None if format.symmetric else share
-    return simulate(rows, format, share, low).values.view(x.shape)
+    return simulate(rows, replace(format, group_size=None), share, low).values.view(x.shape)
 
 
 def simulate(

@@ -151,9 +151,9 @@ def fit(
     rotations = []
     for transform in transforms:
         if isinstance(transform, Rotate):
-            rotations.append(transform.fit(adapter.spaces[transform.space], generator))
+            rotations.append(transform.fit(adapter.of_rank(transform.space), generator))
         if isinstance(transform, LearnRotation):
-            rotations.append(transform.fit(adapter.spaces[transform.space], generator, costs))
+            rotations.append(transform.fit(adapter.of_rank(transform.space), generator, costs))
     fold_norms = any(isinstance(t, FoldNorms) for t in transforms)
     if not fold_norms and any(r.space == "residual" for r in rotations):
         raise InputError("a rotation of the residual stream needs FoldNorms before it")
@@ -167,7 +167,7 @@ def fit(
                 f"a scale of {scale.space} cannot be fused behind the online rotation of "
                 f"{', '.join(sorted(both))}'s input: leave out one of the two"
             )
-    maps = tuple(t.fit(adapter.spaces[t.space]) for t in transforms if isinstance(t, LearnMap))
+    maps = tuple(t.fit(adapter.of_rank(t.space)) for t in transforms if isinstance(t, LearnMap))
     taken = set(rotated)
     for start in maps:
         space = adapter.spaces[start.space]

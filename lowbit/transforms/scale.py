@@ -150,6 +150,10 @@ class _Trial:
         self.judge = block.get_submodule(space.judge)
         self.readers = [block.get_submodule(name) for name in space.fused_readers]
         self.is_quantized = [name in space.readers for name in space.fused_readers]
+        # of the inputs, which all readers have alike
+        first = space.readers[0]
+        width = block.get_submodule(first).in_features
+        self.grid = stream.adapter.input_format(first, width, format.activation)
         self.calls = [c for c in stream.head(tokens).entering(block, space.judge) if c is not None]
         self.expected = [self._output(call) for call in self.calls]
         power = sum(y.double().square().sum().item() for y in self.expected)
@@ -187,8 +191,8 @@ class _Trial:
     def _hook(self, columns: Tensor, is_quantized: bool):
         def scaled(_module, args):
             x = args[0] / columns
-            if is_quantized and self.format.activation is not None:
-                x = fake_quantize(x, self.format.activation, self.clip)
+            if is_quantized and self.grid is not None:
+                x = fake_quantize(x, self.grid, self.clip)
             return x, *args[1:]
 
         return scaled
