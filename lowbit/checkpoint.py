@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import DeviceMesh
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -35,6 +36,7 @@ from lowbit.nn.linear import QuantLinear
 from lowbit.nn.swap import set_backend, swap
 from lowbit.ops.dispatch import BACKENDS
 from lowbit.room import check_placement
+from lowbit.tensor_parallel import become_share, check_whole, group_of, parts_of
 from lowbit.tensors import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -75,6 +77,7 @@ def save(
     config = getattr(model, "lowbit_config", None)
     if config is None:
         raise InputError(f"save needs a model quantized by lowbit, got {type(model).__name__}")
+    check_whole(model, "save")
     if config.format.weight and not any(isinstance(m, QuantLinear) for m in model.modules()):
         raise InputError("save needs a packed model, got its fake-quantized simulation")
     check_tokenizer(model, tokenizer)
@@ -120,6 +123,7 @@ def load(
     fused: bool = True,
     decode: str | None = None,
     decode_rows: int | None = None,
+    tensor_parallel: bool | DeviceMesh = False,
 ) -> PreTrainedModel:
     """A packed model from the folder `path`, in eval mode, frozen.
 
@@ -135,6 +139,8 @@ def load(
              the same weights (lowbit/nn/decode.py); None: every row is quantized
     decode_rows  None: DECODE_ROWS of that file, 8, which is not measured: on a GPU the largest M at
              which `lowbit bench weight_only_gemm` finds it the faster
+    tensor_parallel  True: the processes that torchrun started share the model out, or those of a
+             mesh; each reads and holds its share (lowbit/tensor_parallel.py)
     """
     if decode is None and decode_rows is not None:
         raise InputError(f"decode_rows needs decode, such as 'w4a16', got {decode_rows} alone")
@@ -148,19 +154,30 @@ def load(
     if quantization.get("quant_method") == QUANT_METHOD:
         where = f"checkpoint {str(folder)!r}: {QUANTIZATION_KEY}"
         lowbit_config, files = parse_quantization(where, quantization), tensor_files(folder)
-        headers, tensors = headers_of(files), read_tensors(files)
+        translated = None
+        headers = headers_of(files)
     else:
         lowbit_config, translated = interop.translate(folder, quantization, model, adapter)
         headers = {name: (tuple(t.shape), t.dtype) for name, t in translated.items()}
-        tensors = translated.items()
     swap(model, adapter, lowbit_config)
 
     check_tensors(folder, headers, model, saved_dtype)
+    group, parts = group_of(tensor_parallel, torch.device(device or "cpu")), {}
+    if group is not None:
+        parts = parts_of(model, adapter, group.rank(), group.size())
+        for name, part in parts.items():
+            assign(model, name, lookup(model, name)[part])
     check_placement(model, {"": device or "cpu"})
+    if translated is None:
+        tensors = read_tensors(files, parts)
+    else:
+        tensors = ((name, t[parts.get(name, ...)]) for name, t in translated.items())
     for name, tensor in tensors:
         expected = lookup(model, name)
         # A copy: aligned memory that does not depend on the file staying as it is.
         assign(model, name, tensor.to(device=device or "cpu", dtype=expected.dtype, copy=True))
+    if group is not None:
+        become_share(model, adapter, group)
     if model.config.tie_word_embeddings:
         model.tie_weights()
     restore_rotary(model, adapter.rotary_path, device or "cpu")

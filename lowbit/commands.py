@@ -50,7 +50,7 @@ def dtype_of(args) -> torch.dtype | None:
     return None if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
-def open_model(args):
+def open_model(args, tensor_parallel: bool = False):
     """(model, tokenizer) of MODEL_OR_DIR: a quantized checkpoint or a full-precision model."""
     if quant_method(args.model) is None:
         if args.decode is not None:
@@ -65,6 +65,7 @@ def open_model(args):
         device_of(args),
         decode=args.decode,
         decode_rows=args.decode_rows,
+        tensor_parallel=tensor_parallel,
     )
     try:
         tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
@@ -214,8 +215,8 @@ def run_export(args) -> Result:
 
 
 def run_generate(args) -> Result:
-    model, tokenizer = open_model(args)
-    torch.manual_seed(args.seed)
+    model, tokenizer = open_model(args, tensor_parallel=True)
+    torch.manual_seed(args.seed)  # the same in each process that has a share of the model
     start = time.perf_counter()
     completion, new_tokens = generate_text(
         model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.chat

@@ -6,8 +6,9 @@ and what follows from a sum is done by all alike. So all come to the same weight
 those of one process by the order of additions.
 
 In one process each function gives back what it is given. Nothing else in lowbit asks which process
-it is, but for the command line. A failure ends the others too: torchrun stops them, and without it
-a process that waits for one that has gone raises, by gloo at once, by NCCL when its patience ends.
+it is, but for the command line and what loads a share of a model (lowbit/tensor_parallel.py). A
+failure ends the others too: torchrun stops them, and without it a process that waits for one that
+has gone raises, by gloo at once, by NCCL when its patience ends.
 """
 
 import os

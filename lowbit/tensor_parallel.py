@@ -8,13 +8,27 @@ model is quantized for a number of ranks (Recipe.tensor_parallel): rotations tha
 are block-diagonal, one block a rank, and each rank's slice of the input has a scale of its own a
 token (lowbit/nn/slices.py). That takes no exchange of largest values, and is finer besides. Any
 number of processes that divides it runs the model, one included, and all compute the same.
+
+A rank reads its share of each tensor and no more (`parts_of`), then its modules take the sizes of
+that (`become_share`). Embeddings, norms and the head are whole in each.
 """
 
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch.distributed import DeviceMesh, ProcessGroup
 from transformers import PreTrainedModel
 
+from lowbit import parallel
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat
 from lowbit.models import Adapter
+from lowbit.nn.attention import QuantAttention
+from lowbit.nn.linear import QuantLinear
+from lowbit.tensors import Parts
+
+COLUMNS = ("codes", "scale", "zero_point")  # tensors [N, columns] of a row-parallel linear
 
 
 def check_ranks(model: PreTrainedModel, adapter: Adapter, weight: IntFormat | None, ranks: int):
@@ -48,3 +62,85 @@ def check_divides(sizes: dict[str, int], ranks: int):
     for what, size in sizes.items():
         if size % ranks:
             raise InputError(f"tensor_parallel must divide {what}, got {ranks} for {size}")
+
+
+def group_of(tensor_parallel: bool | DeviceMesh, device: torch.device) -> ProcessGroup | None:
+    """The processes that share a model out: those of a mesh, or all; None: this one alone."""
+    if tensor_parallel is False:
+        return None
+    if isinstance(tensor_parallel, DeviceMesh):
+        return tensor_parallel.get_group()
+    if not dist.is_initialized():
+        parallel.start(device)
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def parts_of(model: PreTrainedModel, adapter: Adapter, rank: int, ranks: int) -> Parts:
+    """What a rank has of the tensors of a model, whole and swapped. Refuses a number of ranks that
+    the model was not quantized for."""
+    config, parts = model.lowbit_config, {}
+    if config.format.weight is None:
+        raise InputError(f"tensor_parallel shares out packed linears, got {config.format}")
+    check_ranks(model, adapter, config.format.weight, ranks)
+    row_parallel = set(adapter.row_parallel)
+    for index, block in enumerate(model.get_submodule(adapter.block_path)):
+        for name in adapter.linears:
+            linear, path = block.get_submodule(name), f"{adapter.block_path}.{index}.{name}"
+            if name in row_parallel:
+                _check_local(linear, name, ranks)
+            for leaf, tensor in linear.named_parameters(recurse=False):
+                if name not in row_parallel:
+                    parts[f"{path}.{leaf}"] = (_own(tensor.shape[0], rank, ranks),)
+                elif leaf in COLUMNS and tensor.shape[1] > 1:  # a scale a row is that of all
+                    parts[f"{path}.{leaf}"] = (slice(None), _own(tensor.shape[1], rank, ranks))
+    return parts
+
+
+def _own(size: int, rank: int, ranks: int) -> slice:
+    return slice(rank * size // ranks, (rank + 1) * size // ranks)
+
+
+def _check_local(linear: QuantLinear, name: str, ranks: int):
+    """That a rank needs none but its own inputs."""
+    together = {}
+    if linear.transform is not None:
+        together["rotates"] = linear.transform.order * linear.transform.inner
+    if linear.activation_format is not None:
+        together["quantizes"] = linear.in_features // linear.slices
+    local = linear.in_features // ranks
+    for does, width in together.items():
+        if local % width:
+            raise InputError(
+                f"{name} {does} {width} inputs together, and {ranks} ranks have {local} each: "
+                f"quantize the model with --set tensor_parallel={ranks}"
+            )
+
+
+def become_share(model: PreTrainedModel, adapter: Adapter, group: ProcessGroup):
+    """The modules of a model whose tensors are this rank's share, before they are prepared."""
+    ranks = group.size()
+    row_parallel = set(adapter.row_parallel)
+    for block in model.get_submodule(adapter.block_path):
+        for name in adapter.linears:
+            linear = block.get_submodule(name)
+            if name not in row_parallel:
+                linear.out_features //= ranks
+                continue
+            linear.in_features //= ranks
+            if linear.activation_format is not None and linear.slices == 1:
+                linear.activation_format = replace(linear.activation_format, group_size=None)
+            linear.group = group
+            if group.rank() > 0:
+                linear.bias = None  # of the sum, in which it must be once
+        attention = block.get_submodule(adapter.attention)
+        if isinstance(attention, QuantAttention):
+            attention.num_heads //= ranks
+            attention.num_kv_heads //= ranks
+    model.lowbit_ranks = ranks
+
+
+def check_whole(model: PreTrainedModel, what: str):
+    """Refuse a rank's share of a model where `what` is done with a whole one."""
+    ranks = getattr(model, "lowbit_ranks", 1)
+    if ranks > 1:
+        raise InputError(f"{what} needs a whole model, got a share of one among {ranks} ranks")

@@ -49,11 +49,18 @@ def open_tensors(file: Path):
         raise InputError(f"{file} must be a whole safetensors file, got {error}") from None
 
 
-def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+Parts = dict[str, tuple[slice, ...]]  # name -> what of a tensor; of others all
+
+
+def read_tensors(files: list[Path], parts: Parts | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the files, or the part of it; no more than that is read."""
     for file in files:
         with open_tensors(file) as handle:
             for name in handle.keys():
-                yield name, handle.get_tensor(name)
+                if parts and name in parts:
+                    yield name, handle.get_slice(name)[parts[name]]
+                else:
+                    yield name, handle.get_tensor(name)
 
 
 def named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -115,11 +115,12 @@ def work(job, folder: Path, rank: int, port: int):
     parallel.finish()
 
 
-def main(folder: Path):
+def main(folder: Path, jobs: tuple):
+    """Each job by PROCESSES processes; how each ended is left in ended.pt."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     fork = multiprocessing.get_context("fork")
     ended = {}
-    for job in (methods, too_few_windows, not_finite_in_one, command, failure):
+    for job in jobs:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         group = [
@@ -137,4 +138,4 @@ def main(folder: Path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), (methods, too_few_windows, not_finite_in_one, command, failure))

@@ -6,6 +6,7 @@ held against the reference on the same inputs.
 """
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,9 +102,12 @@ def agrees(
     kernels: set[str] = KERNELS,
     fused=False,
     decode: str | None = None,
+    recipe=RECIPE,
+    **sizes,
 ):
     device = cuda.LIBRARY.device_type
-    model = lowbit.quantize(tiny_llama(**SIZES), RECIPE, format, progress=False).bfloat16()
+    model = tiny_llama(**SIZES | sizes)
+    model = lowbit.quantize(model, recipe, format, progress=False).bfloat16()
     model, tokens = model.to(device), tiny_tokens(2, 9).to(device)
     if fused:
         fuse(model)
@@ -146,6 +150,15 @@ def test_tokens_that_are_not_quantized(format, decode, layout, ran):
     """After a prompt that is, on the same weights."""
     kernels = KERNELS | {"kv_attention", "weight_only_gemm"}
     agrees(format, ran, layout, kernels, decode=decode)
+
+
+@torch.no_grad()
+@pytest.mark.emulate(90)
+def test_slices_of_ranks(ran):
+    """Attention and the quantizers of the slices of its output are ops of their own."""
+    kernels = KERNELS - {"kv_attention_quant"} | {"kv_attention", "hadamard_quant"}
+    recipe, sizes = replace(RECIPE, tensor_parallel=2), {"hidden_size": 256, "num_heads": 4}
+    agrees("w4a4kv4", ran, Layout.FRAGMENT, kernels, recipe=recipe, num_kv_heads=2, **sizes)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from lowbit.nn.online_map import OnlineMap
 from lowbit.nn.slices import cut
 from lowbit.ops import dequantize, to_layout
 from lowbit.ops.kv_attention import attend
+from lowbit.tensor_parallel import check_whole
 
 IMPLEMENTATION = "lowbit_fake"
 EXACT_FP32 = 2**24  # integers up to here are exact in fp32, and so are their sums
@@ -185,6 +186,7 @@ def to_fake(model: PreTrainedModel) -> PreTrainedModel:
     """The packed model as its simulation, in place: transformers' own MLP and attention again."""
     if getattr(model, "lowbit_config", None) is None:
         raise InputError("to_fake needs a packed model, got one without a lowbit_config")
+    check_whole(model, "to_fake")
     unfuse(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantMLP):

@@ -8,9 +8,11 @@ never exists. The modules, the checks and the last steps are those of lowbit.loa
 Only what transformers 5.17 and 5.23 have in common is overridden.
 """
 
+import re
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -20,10 +22,11 @@ from lowbit import checkpoint
 from lowbit.config import QUANT_METHOD, LowbitConfig
 from lowbit.errors import InputError
 from lowbit.integrations.hub import PackedModel, packed_class
-from lowbit.models import adapter_of
+from lowbit.models import Adapter, adapter_for, adapter_of
 from lowbit.nn.swap import swap
 from lowbit.room import check_placement, check_room, tensor_bytes
-from lowbit.tensors import named_tensors
+from lowbit.tensor_parallel import become_share, check_whole, parts_of
+from lowbit.tensors import assign, named_tensors
 
 NOT_ACCELERATORS = ("cpu", "disk")
 
@@ -89,15 +92,25 @@ class LowbitQuantizer(HfQuantizer):
                 "a lowbit checkpoint holds a causal language model: read it by "
                 f"AutoModelForCausalLM, got {type(model).__name__}"
             )
-        swap(model, adapter_of(model), self.quantization_config.lowbit)
+        adapter = adapter_of(model)
+        swap(model, adapter, self.quantization_config.lowbit)
         if checkpoint_files:
             files = [Path(file) for file in checkpoint_files]
             checkpoint.check_tensors(files[0].parent, checkpoint.headers_of(files), model)
         self.needed = sum(tensor_bytes(model).values())
-        if not isinstance(device_map, str):
+        ranks = getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
+        # Only of tensors: the modules know what to do with their parts.
+        model._tp_plan = tensor_plan(model, adapter, ranks) if ranks > 1 else {}
+        if ranks == 1 and not isinstance(device_map, str):
             check_placement(model, device_map or {"": "cpu"})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_unused):
+        parts = [(n, p) for n, p in model.named_parameters() if isinstance(p, DTensor)]
+        for name, tensor in parts:
+            assign(model, name, tensor.to_local())
+        if parts:
+            mesh = parts[0][1].device_mesh
+            become_share(model, adapter_for(model.config), mesh.get_group(mesh.ndim - 1))
         return checkpoint.finish(model)
 
     def update_weight_conversions(self, _conversions, *_unused) -> list:
@@ -105,6 +118,7 @@ class LowbitQuantizer(HfQuantizer):
         return []
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel):
+        check_whole(model, "save_pretrained")
         return named_tensors(model), {}
 
     def is_serializable(self, **_unused) -> bool:
@@ -117,6 +131,13 @@ class LowbitQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def tensor_plan(model: PreTrainedModel, adapter: Adapter, ranks: int) -> dict[str, str]:
+    """What a rank has of each tensor, in transformers' words, numbers as *; it reads no more."""
+    parts = parts_of(model, adapter, 0, ranks)
+    styles = {1: "colwise", 2: "rowwise"}  # by the dimension that is cut, the last of the part
+    return {re.sub(r"\.\d+\.", ".*.", name): styles[len(part)] for name, part in parts.items()}
 
 
 def register():

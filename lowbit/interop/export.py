@@ -14,6 +14,7 @@ from lowbit.files import written_beside
 from lowbit.interop import compressed_tensors, ct_transforms, gptq
 from lowbit.models import adapter_for
 from lowbit.nn.fused import packed_linears
+from lowbit.tensor_parallel import check_whole
 from lowbit.tensors import named_tensors
 
 WRITERS = {module.METHOD: module for module in (gptq, compressed_tensors)}
@@ -31,6 +32,7 @@ def export(
     config = getattr(model, "lowbit_config", None)
     if config is None:
         raise InputError(f"export needs a model quantized by lowbit, got {type(model).__name__}")
+    check_whole(model, "export")
     try:
         if config.format.head is not None:
             raise InputError(f"its output head is not quantized, got {config.format}")

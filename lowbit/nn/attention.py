@@ -161,7 +161,9 @@ class QuantAttention(nn.Module):
         if cache is None:  # K and V are quantized all the same, for this call
             cache, layer = self._single_use_cache(columns), 0
         _check_window(self.window, cache.reach(layer, columns))
-        step, pages = cache.step(layer, batch, columns, attention_mask, hidden_states.device)
+        step, pages = cache.step(
+            layer, batch, columns, attention_mask, hidden_states.device, self.num_kv_heads
+        )
         cos, sin = (t.expand(batch, -1, -1) for t in position_embeddings)
         place = Place(step, pages, cos, sin)
         return place._replace(cos=place.rows_of(cos), sin=place.rows_of(sin))

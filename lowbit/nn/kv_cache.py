@@ -117,14 +117,27 @@ class QuantKVCache(Cache):
         super().__init__(layers=list(layers))
 
     def step(
-        self, layer_idx: int, batch: int, columns: int, mask: Tensor | None, device: torch.device
+        self,
+        layer_idx: int,
+        batch: int,
+        columns: int,
+        mask: Tensor | None,
+        device: torch.device,
+        num_kv_heads: int | None = None,
     ) -> tuple[Step, KVPages]:
-        """Room for `columns` new columns in one layer: where they go, and the pages they go to."""
-        layer = self.layers[layer_idx]
+        """Room for `columns` new columns in one layer: where they go, and the pages they go to.
+
+        num_kv_heads  of who asks: a rank has fewer than the model; None: the model's"""
+        layer = self._of_heads(layer_idx, num_kv_heads)
         step = self.table.step(layer.length, batch, columns, mask, device)
         layer.reserve(self.table.num_pages, device)
         layer.length += columns
         return step, layer.pages
+
+    def _of_heads(self, layer_idx: int, num_kv_heads: int | None) -> QuantLayer:
+        layer = self.layers[layer_idx]
+        layer.num_kv_heads = num_kv_heads or layer.num_kv_heads
+        return layer
 
     def reach(self, layer_idx: int, columns: int) -> int:
         """The largest number of columns a row may hold, once `columns` more are stored."""

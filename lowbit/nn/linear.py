@@ -17,6 +17,7 @@ ROW_MAJOR, and what is saved is ROW_MAJOR wherever it comes from.
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowbit.errors import InputError
@@ -72,6 +73,7 @@ class QuantLinear(nn.Module):
         self.dtype = dtype
         self.backend: str | None = None
         self.decode_rows = 0  # inputs of so many rows, or fewer, are not quantized
+        self.group: dist.ProcessGroup | None = None  # whose outputs are parts of a sum
         self.layout = Layout.ROW_MAJOR  # of self.codes, at this time
 
         groups = weight_format.num_groups(in_features)
@@ -225,6 +227,13 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor | PackedTensor, residual: Tensor | None = None) -> Tensor:
         """With a residual, of the output's shape and dtype, their sum."""
+        if self.group is None:
+            return self._of_own_inputs(x, residual)
+        y = self._of_own_inputs(x, None)
+        dist.all_reduce(y, group=self.group)
+        return y if residual is None else y + residual
+
+    def _of_own_inputs(self, x: Tensor | PackedTensor, residual: Tensor | None) -> Tensor:
         if isinstance(x, PackedTensor):
             if self.layout is not Layout.ROW_MAJOR:  # a layer that shares x may have wanted another
                 x = to_layout(x, self.input_layout, self.backend)

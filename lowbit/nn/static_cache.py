@@ -141,11 +141,17 @@ class StaticQuantKVCache(QuantKVCache):
         super().__init__(config, kv, max_length=max_length, page_size=page_size)
 
     def step(
-        self, layer_idx: int, batch: int, columns: int, mask: Tensor | None, device: torch.device
+        self,
+        layer_idx: int,
+        batch: int,
+        columns: int,
+        mask: Tensor | None,
+        device: torch.device,
+        num_kv_heads: int | None = None,
     ) -> tuple[Step, KVPages]:
         """The first layer opens a step, the others take it and the last one closes it: nothing of
         a forward is left on the host, where it would be a number that changes."""
-        table, layer = self.table, self.layers[layer_idx]
+        table, layer = self.table, self._of_heads(layer_idx, num_kv_heads)
         if layer_idx == 0:
             table.open = table.step(batch, columns, mask, device)
         step = table.open
