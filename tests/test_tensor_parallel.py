@@ -17,7 +17,7 @@ from lowbit.executor import Executor
 from lowbit.formats import IntFormat, Layout, QuantFormat
 from lowbit.interop.export import export
 from lowbit.models import adapter_for
-from lowbit.nn import QuantLinear, fuse, linear
+from lowbit.nn import QuantLinear, fuse, linear, set_decode
 from lowbit.nn.slices import slices_of
 from lowbit.ops import dequantize, to_layout
 from lowbit.recipes import overridden, recipe_named
@@ -62,6 +62,16 @@ def test_what_is_learned_online_is_that_of_a_rank():
     }
     spaces = ("value", "attention_input", "mlp_hidden", "query_key")
     assert [adapter.of_rank(space).dim for space in spaces] == [16, 64, 64, 16]
+
+
+@torch.no_grad()
+def test_slices_that_are_not_quantized():
+    """Of few rows, lowbit/nn/decode.py: products of the slices, added."""
+    model = quantized()
+    set_decode(model, "w4a16", TOKENS.numel())
+    packed = model(TOKENS).logits
+    assert_bitwise(fuse(model)(TOKENS).logits, packed)
+    assert_bitwise(to_fake(model)(TOKENS).logits, packed)
 
 
 @torch.no_grad()
