@@ -139,6 +139,7 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_
   a.K = static_cast<int>(K);
   a.groups = static_cast<int>(G);
   a.group_shift = group_shift(K, G);
+  check(run == 2 || G == 1, "weight_only_gemm: groups must be of weights fragment_float");
   const auto expect = [&](const char* name, const Tensor& t, ScalarType dtype, int64_t numel,
                           int alignment = 16) {
     check_tensor("weight_only_gemm", name, t, dtype, numel, device, alignment);

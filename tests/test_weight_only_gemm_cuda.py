@@ -37,6 +37,9 @@ def each(names: str, of: list[tuple]):
 
 
 EACH_GRID, EACH_STORED = each("format, layout", GRIDS), each("bits, layout", STORED)
+IN_GROUPS = pytest.mark.parametrize(
+    "format", [g for g, layout in GRIDS if layout is FLOAT], ids=str
+)
 TOKENS = (1, 2, 8, 9, 16, 33, 120, 130)
 TILES = {"64x8", "64x16", "64x64", "128x128"}
 
@@ -128,14 +131,14 @@ def test_plan_of_bits_that_are_not_stored(bits, layout):
 
 @on_sm80
 @DTYPES
-@EACH_GRID
+@IN_GROUPS
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("M", [1, 12, 40, 120])
-def test_groups(M, group_size, format, layout, dtype):
+def test_groups(M, group_size, format, dtype):
     """Every tile; an odd number of groups, which are parts of a stage, one, and two."""
     stand_for(1)
     grouped = replace(format, group_size=group_size)
-    assert_exact(M, 200, 5 * group_size, grouped, dtype, layout=layout)
+    assert_exact(M, 200, 5 * group_size, grouped, dtype)
 
 
 @on_sm80
@@ -159,9 +162,9 @@ def test_widths_in_bytes(bits, dtype):
 @DTYPES
 @EACH_GRID
 def test_extreme_codes(format, layout, dtype):
-    grouped = replace(format, group_size=64)
+    format = replace(format, group_size=64 if layout is FLOAT else None)
     for M in (2, 20):
-        assert_exact(M, 64, 256, grouped, dtype, extreme=True, layout=layout)
+        assert_exact(M, 64, 256, format, dtype, extreme=True, layout=layout)
 
 
 @on_sm80
@@ -243,7 +246,7 @@ def test_split_k(tile, shape, bits, layout, dtype):
         assert chosen.startswith("64x64:")
         return
     assert chosen.startswith(f"{tile}:") and "x 1 splits" not in chosen
-    for format in (IntFormat(bits), IntFormat(bits, layout is not FLOAT, 32)):
+    for format in (IntFormat(bits), *([IntFormat(bits, False, 32)] if layout is FLOAT else [])):
         bias = torch.randint(-9, 10, (N,)).half()
         assert_exact(M, N, 2080, format, dtype, bias, layout=layout)
 
@@ -391,6 +394,10 @@ def strided_scale(x, w):
     return x, replace(w, scale=w.scale.repeat(1, 2)[:, :1])
 
 
+def as_int_gemm_has_it(x, w):
+    return x, to_layout(w, Layout.FRAGMENT)
+
+
 def no_change(x, w):
     return x, w
 
@@ -405,6 +412,7 @@ def no_change(x, w):
         ((60, 64), IntFormat(4), no_change, "multiples of 8 elements, got 64 and 60"),
         ((64, 68), IntFormat(8), no_change, "multiples of 8 elements, got 68 and 64"),
         ((64, 64), IntFormat(4, True, 16), no_change, r"groups of \(32, 64, 128\) .*, got 16"),
+        ((64, 64), IntFormat(4, True, 32), as_int_gemm_has_it, "takes one scale a channel, got 2"),
         ((64, 64), IntFormat(4), unaligned_x, "start at multiples of 16 bytes"),
         ((64, 64), IntFormat(4), strided_scale, "must be contiguous"),
     ],

@@ -5,10 +5,10 @@
 // `fragment_float` is made for this instruction, in whose registers a lane has runs of 2 neighbours
 // in K. `fragment` and `fragment_int4`, which int_gemm reads, hold the runs of 4 and 8 that a lane
 // has of m16n8k32.s8 and m16n8k64.s4, and so the codes of one row in a word. A product does not
-// care in which order K is summed: of a run of R the registers take the pairs j and j + R / 2,
-// which are two bytes apart and come out of a word by the same shift and mask, and x is loaded in
-// runs of R and paired alike (b_pairs). Below, `place` says where in the words a register's pair
-// is.
+// care in which order K is summed, so x is loaded in such runs too. What comes out of a word by one
+// shift and mask is two bytes apart: of runs of 4 those are neighbours once the inner bytes have
+// changed places, of runs of 8 they are j and j + 4, and x is paired alike (b_pairs). `place` says
+// where in the words a register's pair is.
 //
 // Below, n is the code as an unsigned number: an asymmetric one as it is; a symmetric one plus
 // 2^(b-1), which makes that its zero point and flips its top bit. The flip costs nothing, as one
@@ -112,6 +112,10 @@ struct FloatWeights {
     const int lane = lane_id();
     load_words(words, from + lane * (kLoadWords == 4 ? 16 : 8));
     if constexpr (kBits == 3) words[2] = load_shared_4(from + kPlaneBytes + lane * 4);
+    if constexpr (kRun == 4) {
+#pragma unroll
+      for (uint32_t& word : words) word = swap_inner_bytes(word);
+    }
   }
 
   // Nibbles whose lowest kBits are the codes of a step of the load.
@@ -146,8 +150,8 @@ struct FloatWeights {
                                                  int step) {
     static_assert(kRun > 2, "ldmatrix loads the registers of runs of 2");
     if constexpr (kRun == 4) {
-      b[0] = lower_halves(x[0], x[1]);
-      b[1] = upper_halves(x[0], x[1]);
+      b[0] = x[0];
+      b[1] = x[1];
     } else {
       b[0] = step % 2 == 0 ? lower_halves(x[0], x[2]) : upper_halves(x[0], x[2]);
       b[1] = step % 2 == 0 ? lower_halves(x[1], x[3]) : upper_halves(x[1], x[3]);

@@ -101,6 +101,15 @@ __device__ __forceinline__ uint32_t upper_halves(uint32_t a, uint32_t b) {
 #endif
 }
 
+// Bytes 0, 2, 1 and 3.
+__device__ __forceinline__ uint32_t swap_inner_bytes(uint32_t a) {
+#ifdef LOWBIT_EMULATE
+  return (a & 0xFF0000FFu) | (a & 0xFF00u) << 8 | (a >> 8 & 0xFF00u);
+#else
+  return __byte_perm(a, 0, 0x3120);
+#endif
+}
+
 // The bits of a where those of mask are set, of b where not: one LOP3, of which nvcc makes two.
 __device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
 #ifdef LOWBIT_EMULATE

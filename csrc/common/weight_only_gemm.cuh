@@ -53,7 +53,8 @@ template <class T_, int kBits_, int kRun_, bool kTwoTerms_ = false>
 struct Operands {
   using T = T_;
   static constexpr int kBits = kBits_;
-  static constexpr int kRun = kRun_;  // of w's layout: common/float_weights.cuh
+  static constexpr int kRun = kRun_;            // of w's layout: common/float_weights.cuh
+  static constexpr bool kInGroups = kRun == 2;  // of K; else a channel has one scale
   static constexpr bool kIsHalf = std::is_same_v<T, __half>;
   static constexpr bool kTwoTerms = kTwoTerms_;  // zero points of 8-bit codes times bf16
   static_assert(!kTwoTerms || (!kIsHalf && kBits == 8 && kRun == 2), "others need one");
@@ -393,7 +394,7 @@ __device__ __forceinline__ void gemm_block(const Arguments& a, int4* workspace, 
       sums.multiply(loaded, step, magic);
       if (step == G::kSteps - 1) {
         sums.end_group();
-      } else if (step % 2 == 1 && ((step + 1) & (steps_of_group - 1)) == 0) {
+      } else if (G::kInGroups && step % 2 == 1 && ((step + 1) & (steps_of_group - 1)) == 0) {
         // both in one place: ptxas then branches over them, and only predicates either alone
         sums.end_group();
         scales_here += G::kChannels;

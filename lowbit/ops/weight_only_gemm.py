@@ -135,6 +135,8 @@ def _why_not_operands_in_cuda(args: tuple) -> str | None:
         return f"rows of x and y must be multiples of 8 elements, got {K} and {N}"
     if G > 1 and K // G not in GROUP_SIZES:
         return f"the CUDA kernel takes groups of {GROUP_SIZES} or one a row, got {K // G}"
+    if G > 1 and w_layout in INT_GEMM_LAYOUTS:
+        return f"with w of layout {w_layout} the CUDA kernel takes one scale a channel, got {G}"
     if bias is not None and bias.dtype not in OUT_DTYPES:
         return f"the CUDA kernel takes a bias of fp32, fp16 or bf16, got {bias.dtype}"
     return None
