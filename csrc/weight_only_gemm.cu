@@ -15,7 +15,7 @@
 //   step 3  code - zero_point in fp16 or bf16, exactly (common/float_weights.cuh), times x, summed
 //           in fp32; at the end of a group, or of a stage, its sum times its scale: one FMA
 //   step 4  split K: each block writes its sums, the last to arrive adds all, in order
-//   step 5  sums through shared memory, tokens in rows; bias; 16 bytes a store
+//   step 5  sums through shared memory, tokens in rows; bias, residual; 16 bytes a store
 // Few tokens: bound by the weights' bytes; many: by the matrix units (docs/notes/0006).
 
 #include <algorithm>
@@ -120,7 +120,7 @@ int run_of(const std::string& w_layout) {
 Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_scale,
                         const std::optional<Tensor>& w_zero_point,
                         const std::optional<Tensor>& bias, int64_t w_bits,
-                        const std::string& w_layout) {
+                        const std::string& w_layout, const std::optional<Tensor>& residual) {
   const int run = run_of(w_layout);
   check(w_bits >= 2 && w_bits <= 8, "weight_only_gemm: w_bits must be 2..8");
   check(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
@@ -155,6 +155,7 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_
     a.bias_type = float_type("weight_only_gemm", "bias", bias->scalar_type());
     expect("bias", *bias, bias->scalar_type(), N);
   }
+  if (residual) expect("residual", *residual, x.scalar_type(), M * N);
   Tensor y = new_empty(x, {M, N}, x.scalar_type());
   if (M == 0 || N == 0) return y;
   a.x = pointer<const void>(x);
@@ -162,6 +163,7 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& w_codes, const Tensor& w_
   a.w_scale = pointer<const void>(w_scale);
   a.w_zero_point = pointer<uint8_t>(w_zero_point);
   a.bias = pointer<char>(bias);
+  a.residual = pointer<char>(residual);
   a.y = pointer<void>(y);
 
   const TilePlan chosen = plan(M, N, K, bits, run, device_num_sms(device));
@@ -216,7 +218,7 @@ const bool kRegistered = [] {
 LOWBIT_LIBRARY_FRAGMENT(m) {
   m.def(
       "weight_only_gemm(Tensor x, Tensor w_codes, Tensor w_scale, Tensor? w_zero_point, "
-      "Tensor? bias, int w_bits, str w_layout=\"row_major\") -> Tensor");
+      "Tensor? bias, int w_bits, str w_layout=\"row_major\", Tensor? residual=None) -> Tensor");
 }
 
 LOWBIT_LIBRARY_IMPL(m) { m.impl("weight_only_gemm", TORCH_BOX(&lowbit::weight_only_gemm)); }

@@ -38,13 +38,11 @@ DECODING_FLOAT = (
     "kv_attention",
     "hadamard",
     "weight_only_gemm",
-    "aten::add",
     "weight_only_gemm",
     "aten::silu",
     "aten::mul",
     "hadamard",
     "weight_only_gemm",
-    "aten::add",
 )
 WEIGHT_ONLY_REFERENCE = "lowbit.ops.weight_only_gemm:_reference"
 

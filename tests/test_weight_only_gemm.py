@@ -87,6 +87,18 @@ def test_bias_and_output_are_narrowed_once(bias_dtype, dtype):
     assert_bitwise(weight_only_gemm(x, w, bias), expected.float().to(dtype))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_residual_is_added_before_y_is_narrowed(dtype):
+    x, w = exact_x(2, 3, 64).to(dtype), exact_w(7, 64, IntFormat(4, False, 32))
+    bias, residual = torch.randint(-9, 10, (7,)).float(), (torch.randn(2, 3, 7) * 4).to(dtype)
+    exact = in_fp64(x, w, bias)
+    sums = (exact if dtype == torch.float64 else exact.float()) + residual
+    got = weight_only_gemm(x, w, bias, residual=residual)
+    assert_bitwise(got, sums.to(dtype))
+    with pytest.raises(ValueError, match=r"residual must have shape \(2, 3, 7\), got \(6, 7\)"):
+        weight_only_gemm(x, w, bias, residual=residual.flatten(0, 1))
+
+
 def test_weights_are_not_narrowed_to_the_dtype_of_x():
     # 1 + 2^-10 is no bf16 number: 512 of it minus 512 is 0.5, and 0 if the weight was narrowed.
     codes = torch.ones(1, 1024, dtype=torch.int8)
@@ -140,6 +152,7 @@ def op_arguments(symmetric: bool = True) -> dict:
         "bias": torch.ones(5),
         "w_bits": 4,
         "w_layout": "row_major",
+        "residual": None,
     }
 
 
@@ -159,6 +172,8 @@ U8 = torch.uint8
         ({"w_zero_point": torch.zeros(5, 1, dtype=U8)}, r"w_zero_point must be uint8 \(5, 2\)"),
         ({"w_zero_point": torch.zeros(5, 2)}, r"w_zero_point must be uint8 \(5, 2\)"),
         ({"bias": torch.ones(1, 5)}, r"bias must have shape \[5\]"),
+        ({"residual": torch.ones(3, 5)}, r"residual must be .* \(3, 5\), .* got torch.float32"),
+        ({"residual": torch.ones(5).half()}, r"residual must be .*, got torch.float16 \(5,\)"),
         ({"w_layout": "bytes"}, "w_layout must be one of .*'fragment_float'.*, got 'bytes'"),
         ({"w_layout": "fragment"}, r"w_codes must be uint8 \(1, 1, 2048\) for \[N, K\]"),
         ({"w_layout": "fragment", "w_bits": 3}, "layout 'fragment' is for .* got .* 3 stored"),
@@ -208,7 +223,10 @@ def test_weights_as_int_gemm_reads_them(layout, bits, group_size):
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 def test_registered(symmetric):
-    assert_registered(WEIGHT_ONLY_GEMM, *op_arguments(symmetric).values())
+    arguments = op_arguments(symmetric)
+    assert_registered(WEIGHT_ONLY_GEMM, *arguments.values())
+    arguments["residual"] = torch.randn(3, 5).half()
+    assert_registered(WEIGHT_ONLY_GEMM, *arguments.values())
     w = to_layout(exact_w(5, 64, IntFormat(4, symmetric, 32)), Layout.FRAGMENT_FLOAT)
     fragments = {"w_codes": w.codes, "w_scale": w.scale, "w_zero_point": w.zero_point}
     fragments["w_layout"] = w.layout.value
@@ -229,9 +247,9 @@ TILE_EDGES = {  # tiles of 16, 64 and 128 rows, 16 and 64 columns; 64, 128 and 2
 }
 
 
-def triton_gemm(x, w, bias=None) -> torch.Tensor:
+def triton_gemm(x, w, bias=None, residual=None) -> torch.Tensor:
     with poison():
-        return weight_only_gemm(x, w, bias, backend="triton")
+        return weight_only_gemm(x, w, bias, "triton", residual)
 
 
 @pytest.mark.interpret
@@ -265,6 +283,9 @@ def test_triton_adds_the_bias_before_it_narrows(bias_dtype, M):
     x[:, 0] += 4096.0  # sums that fp16 would round
     bias = None if bias_dtype is None else torch.randint(-9, 10, (7,)).to(bias_dtype)
     assert_bitwise(triton_gemm(x, w, bias), in_fp64(x, w, bias).half())
+    residual = torch.randint(-9, 10, (M, 7)).half() / 16  # bits that fp16 has no room for
+    sums = in_fp64(x, w, bias) + residual.double()
+    assert_bitwise(triton_gemm(x, w, bias, residual), sums.float().half())
 
 
 @pytest.mark.interpret

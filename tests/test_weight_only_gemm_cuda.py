@@ -69,9 +69,11 @@ def in_fp64(x: torch.Tensor, w: PackedTensor, bias=None) -> torch.Tensor:
     return y if bias is None else y + bias.double()
 
 
-def on_cuda(x: torch.Tensor, w: PackedTensor, bias=None, layout=FLOAT) -> torch.Tensor:
+def on_cuda(
+    x: torch.Tensor, w: PackedTensor, bias=None, layout=FLOAT, residual=None
+) -> torch.Tensor:
     with poison():
-        return weight_only_gemm(x, to_layout(w, layout), bias, backend="cuda")
+        return weight_only_gemm(x, to_layout(w, layout), bias, "cuda", residual)
 
 
 def assert_exact(
@@ -279,6 +281,22 @@ def test_bias_is_added_before_y_is_narrowed(bias_dtype, dtype):
         assert_bitwise(on_cuda(x, w, bias), in_fp64(x, w, bias).float().to(dtype))
 
 
+@on_sm80
+@DTYPES
+@pytest.mark.parametrize("layout", FRAGMENT_BITS)
+def test_residual_is_added_before_y_is_narrowed(layout, dtype):
+    """Of every tile, and of rows and channels past the last."""
+    stand_for(108)
+    for M in (5, 12, 45, 150):
+        x, w = torch.randint(-8, 9, (M, 136)).to(dtype), weight(72, 136, IntFormat(4))
+        x[:, 0] += 256
+        bias = torch.randint(-9, 10, (72,)).float()
+        residual = (torch.randint(-9, 10, (M, 72)) / 16).to(dtype)
+        sums = in_fp64(x, w, bias) + residual.double()
+        assert_bitwise(on_cuda(x, w, bias, layout, residual), sums.float().to(dtype))
+        assert_bitwise(on_cuda(x, w, None, layout, residual), (sums - bias).float().to(dtype))
+
+
 def random_weight(N: int, K: int, format: IntFormat) -> PackedTensor:
     dtype = format.weight_scale_dtype
     return quantize(torch.randn(N, K), format, scale_dtype=dtype, backend="reference")
@@ -426,12 +444,15 @@ def test_why_not(shape, format, change, message):
 
 
 @on_sm80
-def test_why_not_this_bias():
+def test_why_not_this_bias_or_residual():
     x, w = torch.ones(3, 64).half(), to_layout(weight(64, 64, IntFormat(4)), Layout.FRAGMENT_FLOAT)
     with pytest.raises(NoBackendError, match="bias of fp32, fp16 or bf16, got torch.float64"):
         weight_only_gemm(x, w, torch.zeros(64).double(), backend="cuda")
     with pytest.raises(NoBackendError, match="multiples of 16 bytes"):
         weight_only_gemm(x, w, torch.zeros(65)[1:], backend="cuda")
+    unaligned = torch.zeros(3 * 64 + 1).half()[1:].view(3, 64)
+    with pytest.raises(NoBackendError, match="multiples of 16 bytes"):
+        weight_only_gemm(x, w, None, "cuda", unaligned)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ struct Arguments {
   const void* w_scale;          // [N, groups] of scale_type, fp32 or fp16
   const uint8_t* w_zero_point;  // [N, groups]; nullptr: symmetric codes, as of kRun > 2
   const void* bias;             // [N] of bias_type; nullptr: none
+  const void* residual;         // [M, N] of T; nullptr: none
   void* y;                      // [M, N] of T
   FloatType scale_type, bias_type;
   int M, N, K;              // N and K multiples of 8
@@ -480,18 +481,19 @@ __device__ __forceinline__ void gemm_block(const Arguments& a, int4* workspace, 
   for (int row = threadIdx.x / kThreadsOfRow; row < G::kTokens;
        row += G::kThreads / kThreadsOfRow) {
     if (work.m0 + row >= a.M) break;
-    float values[kOutputs];
+    const int64_t at = static_cast<int64_t>(work.m0 + row) * a.N + n;
+    float values[kOutputs], residual[kOutputs];
+    load_outputs(residual, a.residual, G::kIsHalf ? FloatType::kHalf : FloatType::kBFloat16, at);
     const auto* from = reinterpret_cast<const float4*>(rows + row * G::kSumsStride + channel);
 #pragma unroll
     for (int i = 0; i < kOutputs / 4; ++i) {
       const float4 four = from[i];
-      values[4 * i] = four.x + bias[4 * i];
-      values[4 * i + 1] = four.y + bias[4 * i + 1];
-      values[4 * i + 2] = four.z + bias[4 * i + 2];
-      values[4 * i + 3] = four.w + bias[4 * i + 3];
+      values[4 * i] = four.x + bias[4 * i] + residual[4 * i];
+      values[4 * i + 1] = four.y + bias[4 * i + 1] + residual[4 * i + 1];
+      values[4 * i + 2] = four.z + bias[4 * i + 2] + residual[4 * i + 2];
+      values[4 * i + 3] = four.w + bias[4 * i + 3] + residual[4 * i + 3];
     }
-    store_outputs_as(
-        static_cast<typename G::T*>(a.y) + static_cast<int64_t>(work.m0 + row) * a.N + n, values);
+    store_outputs_as(static_cast<typename G::T*>(a.y) + at, values);
   }
 }
 

@@ -106,6 +106,7 @@ def weight_only_gemm_kernel(
     w_scale,  # [N, G]
     w_zero_point,  # [N, G] or None
     bias,  # [N] or None
+    residual,  # [M, N] or None
     y,  # [M, N]
     M,
     N,
@@ -144,8 +145,10 @@ def weight_only_gemm_kernel(
             out += acc * load_scale(w_scale, at, n_valid)[None, :]
     if bias is not None:
         out += load_scale(bias, n, n_valid)[None, :]
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=m_valid[:, None] & n_valid[None, :])
+    at, valid = m.to(tl.int64)[:, None] * N + n[None, :], m_valid[:, None] & n_valid[None, :]
+    if residual is not None:
+        out += load_scale(residual, at, valid)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -155,6 +158,7 @@ def weight_only_gemv_kernel(
     w_scale,  # [N, G]
     w_zero_point,  # [N, G] or None
     bias,  # [N] or None
+    residual,  # [N] or None
     y,  # [N]
     N,
     K,
@@ -186,6 +190,8 @@ def weight_only_gemv_kernel(
         out *= load_scale(w_scale, n, valid)
     if bias is not None:
         out += load_scale(bias, n, valid)
+    if residual is not None:
+        out += load_scale(residual, n, valid)
     tl.store(y + n, out.to(y.dtype.element_ty), mask=valid)
 
 
@@ -197,6 +203,7 @@ def weight_only_gemm(
     bias: Tensor | None,
     w_bits: int,
     w_layout: str = "row_major",
+    residual: Tensor | None = None,
 ) -> Tensor:
     (M, K), N, G = x.shape, w_codes.shape[0], w_scale.shape[1]
     y = x.new_empty((M, N))
@@ -207,7 +214,9 @@ def weight_only_gemm(
     tile = next(t for t in tiles if M <= t.max_M and N <= t.max_N)
     zero_point = None if w_zero_point is None else w_zero_point.contiguous()
     bias = None if bias is None else bias.contiguous()
-    tensors = (x.contiguous(), w_codes.contiguous(), w_scale.contiguous(), zero_point, bias, y)
+    residual = None if residual is None else residual.contiguous()
+    operands = (x.contiguous(), w_codes.contiguous(), w_scale.contiguous(), zero_point)
+    tensors = (*operands, bias, residual, y)
     constants = {
         "BITS": IntFormat(w_bits).storage_bits,
         "GROUP": group,

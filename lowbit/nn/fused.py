@@ -15,8 +15,8 @@ what a norm and a linear make is narrowed once less. Where KV is not quantized, 
 transformers' own with its norm, and the MLP is fused.
 
 Where few rows are not quantized (lowbit/nn/decode.py) the norms are torch's, attention, the gated
-product, its rotation and that of o_proj's input run one by one, and residuals are added after the
-GEMMs; merged linears stay.
+product, its rotation and that of o_proj's input run one by one: twelve launches, of which the
+GEMMs are four and add the residuals too.
 """
 
 from collections.abc import Iterator

@@ -243,10 +243,11 @@ class QuantLinear(nn.Module):
         if self.rotation is not None:
             x = self.rotation(x, self.backend)
         first, *others = zip(cut(x, self.slices), self.prepared_weights, strict=True)
-        y = weight_only_gemm(*first, self.bias, backend=self.backend)
+        in_one = None if others else residual
+        y = weight_only_gemm(*first, self.bias, self.backend, in_one)
         for part in others:
             y = y + weight_only_gemm(*part, backend=self.backend)
-        return y if residual is None else y + residual
+        return y if in_one is residual else y + residual
 
     def _product(self, x: PackedTensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
         first, *others = zip(slices_of(x), self.prepared_weights, strict=True)

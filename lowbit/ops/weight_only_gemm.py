@@ -1,7 +1,7 @@
 """weight_only_gemm: floats x packed weights, a linear layer whose input is not quantized.
 
 W[n, k] = (w_code[n, k] - w_zero[n, g]) * w_scale[n, g]        g the group of k, in fp32
-y[m, n] = sum over k of x[m, k] * W[n, k] + bias[n]            in fp32, narrowed once
+y[m, n] = sum over k of x[m, k] * W[n, k] + bias[n] + residual[m, n]     in fp32, narrowed once
 
 Sums run in any order, and w_scale may be taken out of the sum of its group: numbers that overflow
 only on the way, near fp32's largest, may come out as inf or nan, and inf in x as nan.
@@ -17,6 +17,7 @@ bias          [N]                any float, or None
 y             [M, N]             x.dtype
 w_bits        2..8; sb = storage bits: 2, 3, 4, else 8
 w_layout      the layout of w_codes by its name; N is that of w_scale, as codes may be padded
+residual      [M, N]             x.dtype, or None
 """
 
 import torch
@@ -32,7 +33,8 @@ from lowbit.ops.quantize import DEQUANTIZE, check_float, compute_dtype
 W_LAYOUTS = (Layout.ROW_MAJOR, *FRAGMENT_BITS)
 INT_GEMM_LAYOUTS = (Layout.FRAGMENT, Layout.FRAGMENT_INT4)  # of symmetric weights
 CUDA_DTYPES = (torch.float16, torch.bfloat16)  # of x
-DEFAULTS = (Layout.ROW_MAJOR.value,)  # of w_layout: torch.library hands on no trailing default
+# of w_layout and residual: torch.library hands on no trailing default
+DEFAULTS = (Layout.ROW_MAJOR.value, None)
 
 
 def _check(
@@ -43,6 +45,7 @@ def _check(
     bias: Tensor | None,
     w_bits: int,
     w_layout: str = "row_major",
+    residual: Tensor | None = None,
 ):
     check_float("weight_only_gemm", "x", x)
     if x.dim() != 2:
@@ -65,6 +68,12 @@ def _check(
         raise ValueError(
             f"weight_only_gemm: w_zero_point must be None with w_layout {w_layout!r}, got one"
         )
+    shape = (x.shape[0], w_scale.shape[0])
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != shape):
+        raise ValueError(
+            f"weight_only_gemm: residual must be {x.dtype} {shape}, as y is, "
+            f"got {residual.dtype} {tuple(residual.shape)}"
+        )
 
 
 def _reference(
@@ -75,6 +84,7 @@ def _reference(
     bias: Tensor | None,
     w_bits: int,
     w_layout: str = "row_major",
+    residual: Tensor | None = None,
 ) -> Tensor:
     compute, layout = compute_dtype(x), Layout(w_layout)
     packed = layout is Layout.ROW_MAJOR
@@ -85,6 +95,8 @@ def _reference(
     y = x.to(compute) @ w.T
     if bias is not None:
         y.add_(bias.to(compute))
+    if residual is not None:
+        y.add_(residual.to(compute))
     return y.to(x.dtype)
 
 
@@ -96,6 +108,7 @@ def _fake(
     bias: Tensor | None,
     w_bits: int,
     w_layout: str = "row_major",
+    residual: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((x.shape[0], w_scale.shape[0]))
 
@@ -103,7 +116,8 @@ def _fake(
 def _why_not_triton(*args) -> str | None:
     if not args:
         return why_not_triton()
-    x, w_scale, w_layout = args[0], args[2], (*args, *DEFAULTS)[6]
+    x, w_scale = args[0], args[2]
+    w_layout, residual = (*args, *DEFAULTS[len(args) - 6 :])[6:]
     K, G = x.shape[1], w_scale.shape[1]
     if w_layout != Layout.ROW_MAJOR:
         return f"the Triton kernel reads row_major weights, w is {w_layout}: see to_layout"
@@ -111,16 +125,18 @@ def _why_not_triton(*args) -> str | None:
         return "the Triton kernel computes in fp32, x is fp64"
     if G > 1 and K // G not in GROUP_SIZES:
         return f"the Triton kernel takes groups of {GROUP_SIZES} or one a row, got {K // G}"
-    return why_not_triton(*args[:5])
+    return why_not_triton(*args[:5], residual)
 
 
 def _why_not_cuda(*args) -> str | None:
     if not args:
         return cuda.why_not_cuda()
+    args = (*args, *DEFAULTS[len(args) - 6 :])
+    tensors = (*args[:5], args[7])
     return (
-        _why_not_operands_in_cuda((*args, *DEFAULTS))
-        or _why_not_memory_in_cuda(args[:5])
-        or cuda.why_not_cuda(*args[:5])
+        _why_not_operands_in_cuda(args)
+        or _why_not_memory_in_cuda(tensors)
+        or cuda.why_not_cuda(*tensors)
     )
 
 
@@ -143,8 +159,8 @@ def _why_not_operands_in_cuda(args: tuple) -> str | None:
 
 
 def _why_not_memory_in_cuda(tensors: tuple) -> str | None:
-    x, w_codes, _, _, bias = tensors
-    if any(t is not None and t.data_ptr() % 16 for t in (x, w_codes, bias)):
+    x, w_codes, _, _, bias, residual = tensors
+    if any(t is not None and t.data_ptr() % 16 for t in (x, w_codes, bias, residual)):
         return "the CUDA kernel's matrices and bias must start at multiples of 16 bytes"
     if any(t is not None and not t.is_contiguous() for t in tensors):
         return "the CUDA kernel's tensors must be contiguous"
@@ -158,21 +174,36 @@ _BACKENDS = {
 WEIGHT_ONLY_GEMM = Op("weight_only_gemm", _check, _reference, _fake, _BACKENDS)
 
 
-def call_arguments(x: Tensor, w: PackedTensor, bias: Tensor | None) -> tuple:
+def call_arguments(
+    x: Tensor, w: PackedTensor, bias: Tensor | None, residual: Tensor | None = None
+) -> tuple:
     """Those of the op."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows, w.codes, w.scale, w.zero_point, bias, w.format.bits, w.layout.value
+    residual = None if residual is None else residual.reshape(-1, w.shape[0])
+    return rows, w.codes, w.scale, w.zero_point, bias, w.format.bits, w.layout.value, residual
 
 
 def weight_only_gemm(
-    x: Tensor, w: PackedTensor, bias: Tensor | None = None, backend: str | None = None
+    x: Tensor,
+    w: PackedTensor,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """x [..., K] times w [N, K]: [..., N] in x.dtype. The contract is this module's docstring."""
+    """x [..., K] times w [N, K], plus residual: [..., N] in x.dtype.
+
+    The contract is this module's docstring.
+    """
     check_operands("weight_only_gemm", x, w, W_LAYOUTS)
     if w.format.two_level:
         raise ValueError(
             "weight_only_gemm: w must have one level of scales, got two: integer group scales are "
             "for the int32 sums of int_gemm"
         )
-    y = WEIGHT_ONLY_GEMM(*call_arguments(x, w, bias), backend=backend)
-    return y.view(*x.shape[:-1], w.shape[0])
+    shape = (*x.shape[:-1], w.shape[0])
+    if residual is not None and residual.shape != shape:
+        raise ValueError(
+            f"weight_only_gemm: residual must have shape {shape}, got {tuple(residual.shape)}"
+        )
+    y = WEIGHT_ONLY_GEMM(*call_arguments(x, w, bias, residual), backend=backend)
+    return y.view(shape)
