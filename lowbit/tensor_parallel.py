@@ -44,6 +44,13 @@ def check_ranks(model: PreTrainedModel, adapter: Adapter, weight: IntFormat | No
             f"tensor_parallel must be 1 where one linear makes what ranks share out by its parts, "
             f"got {ranks} and {', '.join(one)}"
         )
+    shared = ("heads", "mlp_hidden")
+    unknown = [name for name in shared if adapter.each(name)[0] not in adapter.spaces]
+    if unknown:
+        raise InputError(
+            f"tensor_parallel must be 1 where nobody says what ranks share out, got {ranks} "
+            f"and an architecture without {', '.join(unknown)}"
+        )
     names = ("num_attention_heads", "num_key_value_heads")
     sizes = {name: getattr(model.config, name) for name in names}
     block = model.get_submodule(adapter.block_path)[0]

@@ -24,6 +24,7 @@ from lowbit.recipes import overridden, recipe_named
 from lowbit.recipes.quarot import ROTATIONS
 from lowbit.rounding import grid
 from lowbit.rounding.learned import clipped_through
+from lowbit.tensor_parallel import check_ranks
 from lowbit.transforms import LearnMap, LearnRotation, OnlineTransform, fit, rotate, scale
 
 CALIBRATION, TOKENS = tiny_tokens(4, 32, seed=9), tiny_tokens()
@@ -227,6 +228,16 @@ def test_settings_and_architectures_that_cannot_be():
     message = "where one linear makes what ranks share .* got 2 and qkv_proj, gate_up_proj"
     with pytest.raises(InputError, match=message):
         lowbit.quantize(tiny_model(tiny_config(Phi3Config)), recipe, "w4a4", progress=False)
+
+
+def test_an_architecture_of_which_too_little_is_known():
+    model = tiny_llama()
+    adapter = adapter_for(model.config)
+    spaces = {name: space for name, space in adapter.spaces.items() if name != "mlp_hidden"}
+    adapter = replace(adapter, spaces=spaces, ranks=2)
+    assert adapter.row_parallel == ("self_attn.o_proj",)
+    with pytest.raises(InputError, match="got 2 and an architecture without mlp_hidden"):
+        check_ranks(model, adapter, None, 2)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from lowbit.errors import InputError
 from lowbit.integrations.hub import PackedModel, packed_class
 from lowbit.models import Adapter, adapter_for, adapter_of
 from lowbit.nn.swap import swap
-from lowbit.room import check_placement, check_room, tensor_bytes
+from lowbit.room import check_placement, check_room, free_bytes, tensor_bytes
 from lowbit.tensor_parallel import become_share, check_whole, parts_of
 from lowbit.tensors import assign, named_tensors
 
@@ -99,10 +99,25 @@ class LowbitQuantizer(HfQuantizer):
             checkpoint.check_tensors(files[0].parent, checkpoint.headers_of(files), model)
         self.needed = sum(tensor_bytes(model).values())
         ranks = getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
-        # Only of tensors: the modules know what to do with their parts.
-        model._tp_plan = tensor_plan(model, adapter, ranks) if ranks > 1 else {}
-        if ranks == 1 and not isinstance(device_map, str):
+        if ranks > 1:
+            (device,) = (device_map or {"": "cpu"}).values()  # each rank has one
+            self._plan_shares(model, adapter, ranks, torch.device(device))
+        elif not isinstance(device_map, str):
             check_placement(model, device_map or {"": "cpu"})
+
+    def _plan_shares(
+        self, model: PreTrainedModel, adapter: Adapter, ranks: int, device: torch.device
+    ):
+        """Tell transformers what a rank reads of each tensor; not what a module does with its part,
+        which it knows."""
+        parts = parts_of(model, adapter, 0, ranks)
+        styles = {1: "colwise", 2: "rowwise"}  # by the dimension that is cut, the last of a part
+        model._tp_plan = {
+            re.sub(r"\.\d+\.", ".*.", name): styles[len(part)] for name, part in parts.items()
+        }
+        sizes = tensor_bytes(model).items()
+        needed = sum(size // ranks if name in parts else size for name, size in sizes)
+        check_room(needed, free_bytes(device), f"on {device}")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_unused):
         parts = [(n, p) for n, p in model.named_parameters() if isinstance(p, DTensor)]
@@ -131,13 +146,6 @@ class LowbitQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def tensor_plan(model: PreTrainedModel, adapter: Adapter, ranks: int) -> dict[str, str]:
-    """What a rank has of each tensor, in transformers' words, numbers as *; it reads no more."""
-    parts = parts_of(model, adapter, 0, ranks)
-    styles = {1: "colwise", 2: "rowwise"}  # by the dimension that is cut, the last of the part
-    return {re.sub(r"\.\d+\.", ".*.", name): styles[len(part)] for name, part in parts.items()}
 
 
 def register():

@@ -201,7 +201,7 @@ class Adapter:
     @property
     def row_parallel(self) -> tuple[str, ...]:
         """The linears that read what ranks share out: heads, or channels of an MLP."""
-        shared = (*self.each("heads"), *self.each("mlp_hidden"))
+        shared = [s for s in (*self.each("heads"), *self.each("mlp_hidden")) if s in self.spaces]
         return tuple(name for space in shared for name in self.spaces[space].readers)
 
     def of_rank(self, space: str) -> Space:

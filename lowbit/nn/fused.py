@@ -12,7 +12,8 @@
 
 In fp32 on the reference backend the bits are those of the layer as it was. In 16 bits they are not:
 what a norm and a linear make is narrowed once less. Where KV is not quantized, attention is
-transformers' own with its norm, and the MLP is fused.
+transformers' own with its norm, and the MLP is fused. Where a linear sums over slices of its input
+or over ranks (lowbit/tensor_parallel.py), the residual is added afterwards.
 
 Where few rows are not quantized (lowbit/nn/decode.py) the norms are torch's, attention, the gated
 product, its rotation and that of o_proj's input run one by one: twelve launches, of which the

@@ -246,7 +246,7 @@ class QuantLinear(nn.Module):
         in_one = None if others else residual
         y = weight_only_gemm(*first, self.bias, self.backend, in_one)
         for part in others:
-            y = y + weight_only_gemm(*part, backend=self.backend)
+            y = weight_only_gemm(*part, None, self.backend, y)
         return y if in_one is residual else y + residual
 
     def _product(self, x: PackedTensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:

@@ -3,7 +3,8 @@
     y = sum over slices of int_gemm(slice of x, its columns of W), bias in the first
 
 In a model that ranks may share out (lowbit/tensor_parallel.py) a slice of the input is what one of
-them has: what it computes depends on no other rank, and one process computes the very same.
+them has: what it computes depends on no other rank, and one process computes the very same. A
+process with several slices copies the columns of each whenever it runs, but in a kernel layout.
 """
 
 from collections.abc import Callable
