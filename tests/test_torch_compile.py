@@ -7,6 +7,7 @@ from models import tiny_llama, tiny_tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lowbit
+from lowbit.nn import set_decode
 from lowbit.nn.kv_cache import PAGE_SIZE, QuantKVCache
 
 BATCH = 2
@@ -49,10 +50,13 @@ def inputs_at(model, start: int, columns: int) -> tuple:
     return x, model.model.rotary_emb(x, torch.arange(start, start + columns)[None])
 
 
-@pytest.mark.parametrize("format", ["w4a4kv4", "w4a16kv4"])
-def test_decoder_layer(format):
+@pytest.mark.parametrize(
+    "format, decode", [("w4a4kv4", None), ("w4a16kv4", None), ("w4a4kv4", "w4a16")]
+)
+def test_decoder_layer(format, decode):
     """A prompt, then decoding across a page's end; the layer alone keeps an equal cache."""
     model = quantized(format)
+    set_decode(model, decode, BATCH)
     layer, kv = model.model.layers[0], model.lowbit_config.format.kv
     fast, counter = compiled(layer)
     caches = [QuantKVCache(model.config, kv) for _ in range(2)]
