@@ -11,7 +11,7 @@ from benchmarks import inputs, peers
 from benchmarks.harness import Case, Peers, shape_text
 from benchmarks.shapes import Model, Setup
 from lowbit.nn.kv_cache import PAGE_SIZE
-from lowbit.ops.kv_attention import KV_ATTENTION
+from lowbit.ops.kv_attention import KV_ATTENTION, NONE_NEW
 from lowbit.ops.pack import PACK
 
 BITS = (4, 8)
@@ -42,7 +42,8 @@ def attention_case(device, model: Model, bits: int, batch: int, queries: int, co
         seq_lens = torch.full((batch,), context, dtype=torch.int32, device=device)
         start = torch.arange(0, T + 1, queries, dtype=torch.int32, device=device)
         scaling = 1.0 if exact else D**-0.5
-        return q, *cache, table.to(torch.int32), seq_lens, start, bits, scaling
+        tables = table.to(torch.int32), seq_lens, start
+        return q, *cache, *tables, *NONE_NEW, bits, scaling
 
     # of n new tokens, the i-th sees context - n + i; two matrix products
     seen = batch * (queries * context - queries * (queries - 1) // 2)

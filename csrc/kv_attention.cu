@@ -15,7 +15,8 @@
 //   step 5  p v_scale in fp16, brought to its top by a power of two, times codes; ldmatrix.trans of
 //           16-bit words gives positions 2 t and 2 t + 1 of one word, so of each of its codes a B
 //           register; the zero points are one more column
-//   step 6  warps' sums in order, through shared memory; out, or a split's share of it
+//   step 6  prefill: positions that the call gives in full precision, likewise (common/kv_new.cuh)
+//   step 7  warps' sums in order, through shared memory; out, or a split's share of it
 // A second kernel adds the splits of a row in order: here, or in csrc/kv_attention_quant.cu, which
 // then quantizes it. How many there are follows from shapes alone, so that a graph can be captured;
 // splits beyond a sequence's length end at once.
@@ -73,21 +74,24 @@ template <int kBits, int kDim>
 using Decode = Tile<kBits, kDim, 1, kBits * kDim == 8 * kv::kMaxHeadDim ? 2 : 4>;
 template <int kBits, int kDim>
 using Prefill = Tile<kBits, kDim, 4, 1>;
+template <int kBits, int kDim>
+using PrefillNew = Tile<kBits, kDim, 4, 1, true>;
 
 // Applies `visit` to bits and the head_dim up to which a tile goes, in ascending order.
 #define LOWBIT_KV_TILES(visit) \
   visit(4, 64) visit(4, 128) visit(4, 256) visit(8, 64) visit(8, 128) visit(8, 256)
 
 struct Plan {
-  bool is_decode, one_query;  // one_query: a tile is one query
-  int64_t tiles;              // of rows, with gaps, of a KV head
+  bool has_new, is_decode, one_query;  // one_query: a tile is one query
+  int64_t tiles;                       // of rows, with gaps, of a KV head
   int splits, split_length;
 };
 
 Plan plan_for(int64_t T, int64_t B, int64_t heads, int64_t num_kv_heads, int64_t longest,
-              int num_sms) {
+              bool has_new, int num_sms) {
   Plan plan;
-  plan.is_decode = T * heads <= kManyRows * std::max<int64_t>(B, 1);
+  plan.has_new = has_new;
+  plan.is_decode = !has_new && T * heads <= kManyRows * std::max<int64_t>(B, 1);
   const int64_t rows = plan.is_decode ? kv::kTileRows : 4 * kv::kTileRows;
   plan.one_query = T <= B && heads <= rows;
   const int64_t tile_rows = plan.one_query ? heads : rows;
@@ -157,6 +161,14 @@ Arguments arguments_of(const Call& c, int device) {
   a.table_stride = c.block_table.strides()[0];
   a.seq_lens = pointer<int>(c.seq_lens);
   a.query_start = pointer<int>(c.query_start);
+  if (c.k_new.has_value() && c.v_new.has_value() && c.cached_lens.has_value()) {
+    const int64_t numbers = T * num_kv_heads * D;
+    check_tensor(c.op, "k_new", *c.k_new, c.q.scalar_type(), numbers, device);
+    check_tensor(c.op, "v_new", *c.v_new, c.q.scalar_type(), numbers, device);
+    check_tensor(c.op, "cached_lens", *c.cached_lens, ScalarType::Int, B, device, 4);
+    a.k_new = pointer<uint16_t>(*c.k_new), a.v_new = pointer<uint16_t>(*c.v_new);
+    a.cached_lens = pointer<int>(*c.cached_lens);
+  }
   a.T = static_cast<int>(T), a.B = static_cast<int>(B), a.pages_of_row = static_cast<int>(P);
   a.page_size = static_cast<int>(page_size), a.num_kv_heads = static_cast<int>(num_kv_heads);
   a.heads = static_cast<int>(num_q_heads / num_kv_heads), a.head_dim = static_cast<int>(D);
@@ -168,10 +180,11 @@ Arguments arguments_of(const Call& c, int device) {
 
 void launch_splits(const Call& c, const Arguments& a, const Plan& plan, int device) {
   const int code_bits = c.bits == 4 ? 4 : 8;
-#define LOWBIT_VISIT(bits, dim)                                                     \
-  if (code_bits == bits && a.head_dim <= dim) {                                     \
-    return plan.is_decode ? launch_tile<Decode<bits, dim>>(c.op, a, plan, device)   \
-                          : launch_tile<Prefill<bits, dim>>(c.op, a, plan, device); \
+#define LOWBIT_VISIT(bits, dim)                                                         \
+  if (code_bits == bits && a.head_dim <= dim) {                                         \
+    return plan.has_new     ? launch_tile<PrefillNew<bits, dim>>(c.op, a, plan, device) \
+           : plan.is_decode ? launch_tile<Decode<bits, dim>>(c.op, a, plan, device)     \
+                            : launch_tile<Prefill<bits, dim>>(c.op, a, plan, device);   \
   }
   LOWBIT_KV_TILES(LOWBIT_VISIT)
 #undef LOWBIT_VISIT
@@ -180,10 +193,13 @@ void launch_splits(const Call& c, const Arguments& a, const Plan& plan, int devi
 Tensor kv_attention(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
                     const Tensor& k_zero_point, const Tensor& v_codes, const Tensor& v_scale,
                     const Tensor& v_zero_point, const Tensor& block_table, const Tensor& seq_lens,
-                    const Tensor& query_start, int64_t bits, double scaling) {
-  const Call call{"kv_attention", q,       k_codes,      k_scale,     k_zero_point,
-                  v_codes,        v_scale, v_zero_point, block_table, seq_lens,
-                  query_start,    bits,    scaling};
+                    const Tensor& query_start, const std::optional<Tensor>& k_new,
+                    const std::optional<Tensor>& v_new, const std::optional<Tensor>& cached_lens,
+                    int64_t bits, double scaling) {
+  const Call call{"kv_attention", q,           k_codes,     k_scale,
+                  k_zero_point,   v_codes,     v_scale,     v_zero_point,
+                  block_table,    seq_lens,    query_start, k_new,
+                  v_new,          cached_lens, bits,        scaling};
   const auto shape = q.sizes();
   return *kv::launch_attention(call, {shape.begin(), shape.end()}).out;
 }
@@ -201,16 +217,17 @@ std::string describe_plan(const int64_t* numbers, int n, int, int num_sms) {
   if (n != 8) return "kv_attention: 8 numbers";
   const int64_t heads = numbers[2] / numbers[3];
   const Plan plan =
-      plan_for(numbers[0], numbers[1], heads, numbers[3], numbers[6] * numbers[7], num_sms);
+      plan_for(numbers[0], numbers[1], heads, numbers[3], numbers[6] * numbers[7], false, num_sms);
   return text(plan.is_decode ? "decode" : "prefill", plan.one_query ? ", a tile is a query" : "",
               ", grid ", plan.tiles * numbers[3], "x", plan.splits, ", splits of ",
               plan.split_length);
 }
 
 const bool kRegistered = [] {
-#define LOWBIT_VISIT(bits, dim)                               \
-  register_tile<Decode<bits, dim>>("decode_" #bits "x" #dim); \
-  register_tile<Prefill<bits, dim>>("prefill_" #bits "x" #dim);
+#define LOWBIT_VISIT(bits, dim)                                 \
+  register_tile<Decode<bits, dim>>("decode_" #bits "x" #dim);   \
+  register_tile<Prefill<bits, dim>>("prefill_" #bits "x" #dim); \
+  register_tile<PrefillNew<bits, dim>>("prefill_new_" #bits "x" #dim);
   LOWBIT_KV_TILES(LOWBIT_VISIT)
 #undef LOWBIT_VISIT
   register_kernel({"kv_attention", "combine",
@@ -237,7 +254,7 @@ Attention kv::launch_attention(const Call& call, const std::vector<int64_t>& out
   }
   const int64_t T = a.T, num_q_heads = a.num_kv_heads * a.heads;
   const Plan plan = plan_for(T, a.B, a.heads, a.num_kv_heads, int64_t{a.pages_of_row} * a.page_size,
-                             device_num_sms(device));
+                             a.k_new != nullptr, device_num_sms(device));
   a.splits = plan.splits, a.split_length = plan.split_length;
   if (plan.splits == 1 || plan.splits > most_left) give_out();
   if (plan.splits > 1) {
@@ -262,7 +279,8 @@ LOWBIT_LIBRARY_FRAGMENT(m) {
   m.def(
       "kv_attention(Tensor q, Tensor k_codes, Tensor k_scale, Tensor k_zero_point, "
       "Tensor v_codes, Tensor v_scale, Tensor v_zero_point, Tensor block_table, Tensor seq_lens, "
-      "Tensor query_start, int bits, float scaling) -> Tensor");
+      "Tensor query_start, Tensor? k_new, Tensor? v_new, Tensor? cached_lens, int bits, "
+      "float scaling) -> Tensor");
 }
 
 LOWBIT_LIBRARY_IMPL(m) { m.impl("kv_attention", TORCH_BOX(&lowbit::kv_attention)); }

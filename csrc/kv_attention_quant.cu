@@ -136,14 +136,29 @@ struct Kernels {
 std::tuple<Tensor, Tensor, Tensor> kv_attention_quant(
     const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, const Tensor& k_zero_point,
     const Tensor& v_codes, const Tensor& v_scale, const Tensor& v_zero_point,
-    const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start, int64_t kv_bits,
-    double scaling, const std::optional<Tensor>& signs, int64_t order, int64_t inner, int64_t dense,
-    int64_t bits, bool symmetric, double clip, bool packed) {
+    const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start,
+    const std::optional<Tensor>& k_new, const std::optional<Tensor>& v_new,
+    const std::optional<Tensor>& cached_lens, int64_t kv_bits, double scaling,
+    const std::optional<Tensor>& signs, int64_t order, int64_t inner, int64_t dense, int64_t bits,
+    bool symmetric, double clip, bool packed) {
   const int64_t T = q.sizes()[0], D = q.sizes()[2], K = q.sizes()[1] * D;
   order = order ? order : 1;
-  const kv::Call call{
-      "kv_attention_quant", q,           k_codes,  k_scale,     k_zero_point, v_codes, v_scale,
-      v_zero_point,         block_table, seq_lens, query_start, kv_bits,      scaling};
+  const kv::Call call{"kv_attention_quant",
+                      q,
+                      k_codes,
+                      k_scale,
+                      k_zero_point,
+                      v_codes,
+                      v_scale,
+                      v_zero_point,
+                      block_table,
+                      seq_lens,
+                      query_start,
+                      k_new,
+                      v_new,
+                      cached_lens,
+                      kv_bits,
+                      scaling};
   // Two numbers a split and one more, of every head, fit where its row will be.
   const int64_t most_splits = K > kLongestSum ? 1 : std::min<int64_t>(kMostSplits, (D - 1) / 2);
   const kv::Attention attention = kv::launch_attention(call, {T, K}, most_splits);
@@ -168,7 +183,8 @@ LOWBIT_LIBRARY_FRAGMENT(m) {
   m.def(
       "kv_attention_quant(Tensor q, Tensor k_codes, Tensor k_scale, Tensor k_zero_point, "
       "Tensor v_codes, Tensor v_scale, Tensor v_zero_point, Tensor block_table, Tensor seq_lens, "
-      "Tensor query_start, int kv_bits, float scaling, Tensor? signs, int order, int inner, "
+      "Tensor query_start, Tensor? k_new, Tensor? v_new, Tensor? cached_lens, int kv_bits, float "
+      "scaling, Tensor? signs, int order, int inner, "
       "int dense, int bits, bool symmetric, float clip, bool packed) "
       "-> (Tensor, Tensor, Tensor)");
 }

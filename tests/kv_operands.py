@@ -1,6 +1,6 @@
 """What the tests of the KV cache's ops append and attend to, and how they call the kernels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lowbit.formats import IntFormat, Layout
 from lowbit.ops import KVPages, dequantize, kv_append, kv_attention, quantize
 from lowbit.ops.kv_append import CACHE
+from lowbit.ops.kv_attention import NewTokens
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 ROTATED = pytest.mark.parametrize("rotate", [False, True], ids=["plain", "rotated"])
@@ -33,9 +34,13 @@ def kernels(names: str = "", **cases):
     )
 
 
+def poison_of(t: Tensor) -> float:
+    return float("nan") if t.is_floating_point() else 0xCC
+
+
 def poison_pages(pages: KVPages) -> KVPages:
     for t in pages.tensors:
-        t.fill_(float("nan") if t.is_floating_point() else 0xCC)
+        t.fill_(poison_of(t))
     return pages
 
 
@@ -97,6 +102,7 @@ def assert_same(backend: str, x: Inputs, slot=SLOT, bits=4, **options):
 
 # kv_attention
 
+NEW = ("k_new", "v_new", "cached_lens")
 NOWHERE = 2**30  # a page number that must never be looked up
 
 
@@ -108,13 +114,17 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Cache:
-    """A filled paged cache, and the numbers in it: one [length, num_kv_heads, D] a sequence."""
+    """A filled paged cache, and the numbers in it: one [length, num_kv_heads, D] a sequence.
+
+    new: the tokens that are not read from it.
+    """
 
     pages: KVPages
     block_table: Tensor
     seq_lens: Tensor
     k: list[Tensor]
     v: list[Tensor]
+    new: NewTokens | None = None
 
 
 def filled(keys: list[Tensor], values: list[Tensor], bits=4, page_size=16, seed=0) -> Cache:
@@ -149,6 +159,33 @@ def query_start(batch: Batch) -> Tensor:
     return counts.cumsum(0).to(torch.int32)
 
 
+def with_new(cache: Cache, batch: Batch, dtype=torch.float32, pads=0, unowned=0) -> Cache:
+    """The queries' own tokens, but for the first `pads` of them, in full precision instead.
+
+    Poison is where nobody may look: their slots, and rows that stand for no such token.
+    """
+    _, Hkv, D = cache.k[0].shape
+    T = sum(n for _, n in batch.sequences) + unowned
+    new = {name: torch.full((T, Hkv, D), torch.nan, dtype=dtype) for name in "kv"}
+    numbers, cached = {"k": list(cache.k), "v": list(cache.v)}, []
+    pages = replace(cache.pages, **{name: getattr(cache.pages, name).clone() for name in CACHE})
+    for b, ((length, n), end) in enumerate(
+        zip(batch.sequences, query_start(batch)[1:].tolist(), strict=True)
+    ):
+        count = min(max(n - pads, 0), length)
+        cached.append(length - count)
+        for name in "kv":
+            own = torch.randn(count, Hkv, D).to(dtype)
+            new[name][end - count : end] = own
+            numbers[name][b] = torch.cat((numbers[name][b][: length - count], own.double()))
+        position = torch.arange(length - count, length)
+        page = cache.block_table[b, position // pages.page_size].long()
+        for t in pages.tensors:
+            t[page, position % pages.page_size] = poison_of(t)
+    lens = torch.tensor(cached, dtype=torch.int32)
+    return replace(cache, pages=pages, new=NewTokens(*new.values(), lens), **numbers)
+
+
 def attend(
     q: Tensor, cache: Cache, batch: Batch, scaling: float | None = None, backend: str | None = None
 ) -> Tensor:
@@ -156,7 +193,7 @@ def attend(
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     where = cache.block_table, cache.seq_lens, query_start(batch)
     with poison():
-        return kv_attention(q, cache.pages, *where, scaling, backend=backend)
+        return kv_attention(q, cache.pages, *where, scaling, cache.new, backend=backend)
 
 
 def torch_attention(q: Tensor, cache: Cache, batch: Batch, dtype: torch.dtype) -> Tensor:
@@ -188,24 +225,37 @@ def assert_is_torchs(got: Tensor, q: Tensor, cache: Cache, batch: Batch):
 
 
 def check_attention(
-    backend: str, batch: Batch, dtype=torch.float16, Hq=3, Hkv=1, D=64, bits=4, page_size=16
+    backend: str,
+    batch: Batch,
+    dtype=torch.float16,
+    Hq=3,
+    Hkv=1,
+    D=64,
+    bits=4,
+    page_size=16,
+    new: int | None = None,
 ):
-    """The kernel is no worse than torch on random numbers."""
+    """The kernel is no worse than torch on random numbers; new: as `pads` of with_new."""
     cache = random_cache(batch, Hkv, D, bits, page_size)
+    if new is not None:
+        cache = with_new(cache, batch, dtype, new)
     q = random_q(batch, Hq, D, dtype)
     assert_is_torchs(attend(q, cache, batch, backend=backend), q, cache, batch)
 
 
-def attention_arguments(D=64, bits=4, dtype=torch.float32) -> dict:
+def attention_arguments(D=64, bits=4, dtype=torch.float32, new=False) -> dict:
     """A valid call of the op: two sequences, 3 queries in all."""
     batch = Batch(((20, 2), (5, 1)))
     cache = random_cache(batch, D=D, bits=bits)
+    if new:
+        cache = with_new(cache, batch, dtype)
     return {
         "q": random_q(batch, D=D, dtype=dtype),
         **dict(zip(CACHE, cache.pages.tensors, strict=True)),
         "block_table": cache.block_table,
         "seq_lens": cache.seq_lens,
         "query_start": query_start(batch),
+        **dict(zip(NEW, cache.new or (None,) * 3, strict=True)),
         "bits": bits,
         "scaling": 0.125,
     }

@@ -17,6 +17,7 @@ from kv_operands import (
     random_cache,
     random_q,
     torch_attention,
+    with_new,
 )
 
 from lowbit.ops import kv_attention
@@ -93,6 +94,36 @@ def test_prefill_in_two_calls(first):
         )
     )
     assert_is_torchs(got, q, cache, whole)
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_new_tokens_in_full_precision(batch, dtype):
+    cache, q = with_new(random_cache(batch), batch, dtype), random_q(batch, dtype=dtype)
+    assert_is_torchs(attend(q, cache, batch), q, cache, batch)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("pads", [1, 20, 100])
+def test_some_of_the_queries_tokens_in_full_precision(pads, bits):
+    """As where pads stand between the tokens of a row and its new ones."""
+    batch = BATCHES["ragged"]
+    cache = with_new(random_cache(batch, bits=bits, page_size=7), batch, pads=pads)
+    q = random_q(batch)
+    assert_is_torchs(attend(q, cache, batch), q, cache, batch)
+
+
+def test_new_tokens_that_are_what_the_pages_hold():
+    """The same numbers from either place: the same bits, rows without tokens included."""
+    batch = Batch(((30, 7), (3, 5), (0, 2), (4, 4), (9, 0)))
+    cache, q = random_cache(batch), torch.randn(20, 9, 64)
+    again = with_new(cache, batch, unowned=2)
+    for rows, numbers in ((again.new.k, cache.k), (again.new.v, cache.v)):
+        for x, cached, end in zip(
+            numbers, again.new.cached_lens, query_start(batch)[1:], strict=True
+        ):
+            rows[end - (len(x) - cached) : end] = x[cached:]
+    assert_bitwise(attend(q, again, batch), attend(q, cache, batch))
 
 
 @pytest.mark.parametrize("batch", [Batch(((64, 64),)), Batch(((64, 5),)), Batch(((64, 1),))])
@@ -194,6 +225,14 @@ def test_sequence_longer_than_its_pages():
         attend(q, cut, batch)
 
 
+@pytest.mark.parametrize("cached", [17, 21])
+def test_cached_lens_that_the_queries_do_not_complete(cached):
+    lens = torch.tensor([cached, 4], dtype=torch.int32)
+    arguments = attention_arguments(new=True) | {"cached_lens": lens}
+    with pytest.raises(ValueError, match=f"no more than the 2 queries of the 20 .* got {cached}"):
+        KV_ATTENTION(*arguments.values())
+
+
 I32 = torch.int32
 SHAPES = r"must have shapes \[B, P\], \[B\] and \[B \+ 1\]"
 
@@ -221,10 +260,31 @@ def test_wrong_argument(change, message):
         KV_ATTENTION(*(attention_arguments() | change).values())
 
 
+ALL_OF_THEM = "k_new, v_new, cached_lens must be given together"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k_new": None}, f"{ALL_OF_THEM}, got no k_new"),
+        ({"k_new": None, "v_new": None}, f"{ALL_OF_THEM}, got no k_new"),
+        ({"cached_lens": None}, f"{ALL_OF_THEM}, got no cached_lens"),
+        ({"k_new": torch.zeros(3, 3, 64).half()}, "k_new must be torch.float32 of shape"),
+        ({"v_new": torch.zeros(3, 9, 64)}, r"v_new must be .* \(3, 3, 64\), got .* \(3, 9, 64\)"),
+        ({"cached_lens": torch.zeros(2)}, r"cached_lens must be torch.int32 of shape \(2,\)"),
+        ({"cached_lens": torch.zeros(3, dtype=I32)}, r"cached_lens must be .* got .* \(3,\)"),
+    ],
+)
+def test_wrong_new_tokens(change, message):
+    with pytest.raises(ValueError, match=f"kv_attention: {message}"):
+        KV_ATTENTION(*(attention_arguments(new=True) | change).values())
+
+
 def test_backend_that_cannot_says_so():
     with pytest.raises(RuntimeError, match="cuda: the CUDA kernel takes fp16 and bf16"):
         KV_ATTENTION(*attention_arguments().values(), backend="cuda")
 
 
 def test_registered():
-    assert_registered(KV_ATTENTION, *attention_arguments().values())
+    for new in (False, True):
+        assert_registered(KV_ATTENTION, *attention_arguments(new=new).values())

@@ -68,4 +68,6 @@ def test_machine_code(architecture):
             assert {"LDSM.16.M88.4", "LDSM.16.MT88.4"} <= set(re.findall(r"LDSM[.\w]*", code)), name
             assert "LDGSTS.E.BYPASS" in code, name
             seen += 1
-    assert seen == 12  # 2 widths of codes, 3 sizes of heads, decode and prefill
+    assert (
+        seen == 18
+    )  # 2 widths of codes, 3 sizes of heads, decode and prefill without and with new

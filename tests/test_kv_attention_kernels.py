@@ -20,9 +20,12 @@ from kv_operands import (
     query_start,
     random_cache,
     random_q,
+    torch_attention,
+    with_new,
 )
 
 from lowbit.ops import kv_attention
+from lowbit.ops.kv_attention import NewTokens
 
 pytestmark = [
     pytest.mark.usefixtures("seed"),
@@ -68,6 +71,55 @@ def test_every_batch(backend, name, dtype, bits):
 @pytest.mark.parametrize("batch", [DECODE, Batch(((25, 25),))], ids=str)
 def test_every_head_dim(backend, batch, dtype, Hkv, D, bits):
     check_attention(backend, batch, dtype, 4, Hkv, D, bits)
+
+
+@kernels(
+    "dtype,bits", cuda=product(DTYPES["cuda"], [4, 8]), triton=[(FP16, 4), (FP32, 8), (BF16, 2)]
+)
+@pytest.mark.parametrize("pads", [0, 5])
+@pytest.mark.parametrize("name", batches("cuda"))
+def test_new_tokens_in_full_precision(backend, name, pads, dtype, bits):
+    batch = batches(backend)[name]
+    check_attention(backend, batch, dtype, bits=bits, page_size=7, new=pads)
+
+
+@kernels(
+    "D,bits",
+    cuda=product([16, 64, 80, 96, 112, 128, 256], [4, 8]),
+    triton=product([4, 64, 80, 128], [4]),
+)
+@pytest.mark.parametrize(("dtype", "Hkv"), [(FP16, 1), (BF16, 2)], ids=str)
+def test_new_tokens_of_every_head_dim(backend, dtype, Hkv, D, bits):
+    check_attention(backend, Batch(((75, 40), (3, 5))), dtype, 4, Hkv, D, bits, new=0)
+
+
+@kernels("dtype", **DTYPES)
+@pytest.mark.parametrize("size", [2.0**-12, 2.0**12])
+def test_new_values_of_any_size(backend, dtype, size):
+    """Whether those in the pages are as large, or 2^10 times larger or smaller."""
+    batch = Batch(((60, 30),))
+    for other in (1.0, 2.0**-10, 2.0**10):
+        v = other * size * torch.randn(60, 1, 64)
+        cache = with_new(filled([torch.randn(60, 1, 64)], [v]), batch, dtype)
+        cache.new.v.mul_(size)
+        cache.v[0][30:] = cache.new.v
+        q = random_q(batch, 2, dtype=dtype)
+        exact, in_torch = (torch_attention(q, cache, batch, t) for t in (torch.float64, dtype))
+        got = attend(q, cache, batch, backend=backend)
+        floor = 4 * torch.finfo(dtype).eps * size * max(other, 1.0)
+        assert_no_worse_than_torch(got, in_torch, exact, floor)
+
+
+@kernels()
+def test_new_tokens_and_rows_that_see_nothing(backend):
+    batch = Batch(((3, 5), (0, 2), (40, 20)))
+    cache = with_new(random_cache(batch, 1), batch, FP16, unowned=3)
+    q = torch.randn(30, 3, 64).half()
+    got = attend(q, cache, batch, backend=backend)
+    assert not got[[0, 1, 5, 6, 27, 28, 29]].any()
+    in_fp64 = NewTokens(cache.new.k.double(), cache.new.v.double(), cache.new.cached_lens)
+    exact = attend(q.double(), replace(cache, new=in_fp64), batch)
+    assert_no_worse_than_torch(got, exact.half(), exact, 4 * torch.finfo(FP16).eps)
 
 
 HEADS = [(1, 1), (2, 2), (4, 1), (8, 1), (16, 1), (9, 3), (40, 2)]

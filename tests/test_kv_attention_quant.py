@@ -15,6 +15,7 @@ from lowbit.ops import (
     quantize,
     to_layout,
 )
+from lowbit.ops.kv_attention import NewTokens
 from lowbit.ops.kv_attention_quant import KV_ATTENTION_QUANT
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -54,19 +55,27 @@ def two_ops(
     inner: int = 1,
     matrix: Tensor | None = None,
     *grid,
+    new: NewTokens | None = None,
     **backend,
 ) -> PackedTensor:
-    x = kv_attention(*call, **backend).flatten(1)
+    x = kv_attention(*call, new, **backend).flatten(1)
     if order == 0:
         return quantize(x, format, *grid, **backend)
     return hadamard_quant(x, format, order, inner, matrix, *grid, **backend)
 
 
-def assert_same(call: Call, format: IntFormat, *rest, **backend) -> PackedTensor:
+def new_tokens(call: Call) -> NewTokens:
+    """All of the queries' own tokens, random."""
+    q, pages, _, lengths, start, _ = call
+    k, v = torch.randn(2, q.shape[0], pages.num_kv_heads, q.shape[2]).to(q.dtype)
+    return NewTokens(k, v, (lengths - start.diff()).clamp(min=0).to(torch.int32))
+
+
+def assert_same(call: Call, format: IntFormat, *rest, **options) -> PackedTensor:
     """The same bits as the two ops on the same backend."""
-    expected = two_ops(call, format, *rest, **backend)
+    expected = two_ops(call, format, *rest, **options)
     with poison():
-        got = kv_attention_quant(*call, format, *rest, **backend)
+        got = kv_attention_quant(*call, format, *rest, **options)
     assert_bitwise(got, expected)
     return got
 
@@ -115,6 +124,14 @@ def test_narrowed_in_between():
     assert not torch.equal(got.codes, in_fp32.codes)
 
 
+def test_new_tokens_in_full_precision():
+    call = attention_call(RAGGED, unowned=2)
+    stored = assert_same(call, IntFormat(8), 4, 64)
+    got = assert_same(call, IntFormat(8), 4, 64, new=new_tokens(call))
+    differs = (got.codes != stored.codes).any(1)
+    assert differs.any() and not differs[[1, 10, 13, 14]].any()  # rows that see nothing
+
+
 def test_given_matrix():
     call = attention_call(RAGGED, Hq=9, Hkv=3)
     assert_same(call, IntFormat(4), 9, 64, torch.linalg.qr(torch.randn(9, 9)).Q)
@@ -149,6 +166,7 @@ def op_arguments(**change) -> tuple:
     arguments = {
         **{"q": q, **dict(zip(("kc", "ks", "kz", "vc", "vs", "vz"), pages.tensors, strict=True))},
         **dict(zip(("block_table", "seq_lens", "query_start"), tables, strict=True)),
+        **dict.fromkeys(("k_new", "v_new", "cached_lens")),
         **{"kv_bits": 4, "scaling": scaling, "order": 4, "inner": 64, "matrix": None},
         **{"bits": 4, "symmetric": True, "clip": 0.9, "packed": False},
     }
@@ -204,6 +222,13 @@ def test_triton(order, inner):
     call = attention_call(((140, 1), (0, 1), (17, 2)), Hkv=1, unowned=1)
     rest = (order, inner, None, 0.9, Layout.ROW_MAJOR)
     assert_same(call, IntFormat(4, symmetric=order < 4), *rest, backend="triton")
+
+
+@INTERPRET
+@WARNS_OF_NAN
+def test_triton_new_tokens():
+    call = attention_call(((140, 9), (0, 1), (17, 2)), Hkv=1, unowned=1)
+    assert_same(call, IntFormat(8), 4, 64, new=new_tokens(call), backend="triton")
 
 
 @INTERPRET

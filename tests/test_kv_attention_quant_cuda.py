@@ -10,6 +10,7 @@ from test_kv_attention_quant import (
     Call,
     assert_same,
     attention_call,
+    new_tokens,
     op_arguments,
     two_ops,
 )
@@ -32,8 +33,8 @@ BATCHES = {
 }
 
 
-def check(call: Call, *rest):
-    return assert_same(call, *rest, backend="cuda")
+def check(call: Call, *rest, **new):
+    return assert_same(call, *rest, **new, backend="cuda")
 
 
 def stand_for(num_sms: int):
@@ -56,6 +57,13 @@ def test_every_batch(batch, dtype):
     nothing = [start[b] for b, (length, queries) in enumerate(batch) if queries > length]
     for row in (*nothing, -1):
         assert got.scale[row] == 2.0**-24 and not got.codes[row].any()
+
+
+@DTYPES
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_new_tokens_in_full_precision(batch, dtype):
+    call = attention_call(batch, dtype, Hq=4, Hkv=1, unowned=1)
+    check(call, IntFormat(8), 4, 64, new=new_tokens(call))
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])

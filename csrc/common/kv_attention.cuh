@@ -2,7 +2,7 @@
 // What a block of csrc/kv_attention.cu does; its header has the map and the steps.
 #pragma once
 
-#include "common/kv_softmax.cuh"
+#include "common/kv_new.cuh"
 
 namespace lowbit::kv {
 
@@ -33,25 +33,6 @@ __device__ __forceinline__ Sequence find(int tile, const Arguments& a, int heads
   const int length = b < a.B ? smaller(a.seq_lens[b], a.pages_of_row * a.page_size) : 0;
   return {b, start, end - start, length, tile_start(start, b, heads, tile_rows)};
 }
-
-// The rows of a block's tile.
-struct Rows {
-  int first;                 // of the sequence's
-  int queries, first_query;  // of the sequence
-  int before;                // + query: how much a query sees
-
-  __device__ __forceinline__ int seen(const Arguments& a, int local) const {
-    return before + (first + local) / a.heads;
-  }
-
-  // The place of row `local` of the tile among heads of queries; -1: there is none.
-  __device__ __forceinline__ int index(const Arguments& a, int kv_head, int local) const {
-    const int row = first + local, query = row / a.heads, head = row - query * a.heads;
-    if (local >= a.tile_rows || query >= queries) return -1;
-    return ((first_query + query) * a.num_kv_heads + kv_head) * a.heads + head;
-  }
-};
-static_assert(sizeof(Rows) == 16, "what a tile has room for");
 
 // ---- step 2
 
@@ -139,9 +120,22 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
   const int begin = blockIdx.y * a.split_length;
   const int end = smaller(rows.before + last_query, begin + a.split_length);
   if (a.splits > 1 && begin >= end) return;
-  // Step 6 finds them there, so that they take no registers meanwhile.
+  int cached = sequence.length;  // from there on positions are not in the pages
+  if constexpr (T::kTakesNew) {
+    if (sequence.b < a.B) {
+      cached = larger(a.cached_lens[sequence.b], sequence.length - sequence.queries);
+    }
+  }
+  const int pages_end = smaller(end, cached);
+  // Steps 6 and 7 find them there, so that they take no registers meanwhile.
   auto* kept_rows = reinterpret_cast<Rows*>(dynamic_smem() + T::kRowsAt);
-  if (threadIdx.x == 0) *kept_rows = rows;
+  auto* kept_new = reinterpret_cast<NewPositions*>(kept_rows + 1);
+  if (threadIdx.x == 0) {
+    *kept_rows = rows;
+    if constexpr (T::kTakesNew) {
+      *kept_new = {larger(begin, cached), end, rows.first_query + 1 - rows.before};
+    }
+  }
 
   Queries<T> q;
   int seen_end[2];
@@ -150,7 +144,7 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
   for (int half = 0; half < 2; ++half) {
     const int local = warp_m * kTileRows + g + 8 * half, index = rows.index(a, kv_head, local);
     row_at[half] = index < 0 ? -1 : static_cast<int64_t>(index) * a.head_dim;
-    seen_end[half] = index < 0 ? end : smaller(rows.seen(a, local), end);
+    seen_end[half] = index < 0 ? pages_end : smaller(rows.seen(a, local), pages_end);
   }
   if constexpr (T::kSharedQueries) {
     constexpr int kWarpBytes = kTileRows * T::kDim * 2;
@@ -158,7 +152,7 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
   }
   load_queries<T>(q, a, row_at, warp_n == 0);
   if constexpr (T::kSharedQueries) sync_block();
-  const int all_see = smaller(rows.seen(a, 0), end);
+  const int all_see = smaller(rows.seen(a, 0), pages_end);
 
   // step 2
   const int* pages = a.block_table + sequence.b * a.table_stride;
@@ -170,15 +164,15 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
   clear(state);
   TokenScales next_scales = {0, 0, 0, 0};
   int next_row = -1;
-  if (first < end) {
-    const int row = cache_row(a, pages, first + lane, end, kv_head);
+  if (first < pages_end) {
+    const int row = cache_row(a, pages, first + lane, pages_end, kv_head);
     copy_codes<T>(stages_at, a, row);
     next_scales = load_scales(a, row);
-    next_row = cache_row(a, pages, first + step_length + lane, end, kv_head);
+    next_row = cache_row(a, pages, first + step_length + lane, pages_end, kv_head);
   }
   int stage = 0;
 #pragma unroll 1
-  for (int start = first; start < end; start += step_length, stage ^= 1) {
+  for (int start = first; start < pages_end; start += step_length, stage ^= 1) {
     uint8_t* here = stages + stage * T::kStageBytes;
     const uint32_t here_at = stages_at + stage * T::kStageBytes;
     const StageScales scales = StageScales::at<T>(here);
@@ -198,10 +192,10 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
     }
     cp_async_wait<0>();
     sync_group();  // all is there, and the other stage has been read
-    if (start + step_length < end) {
+    if (start + step_length < pages_end) {
       copy_codes<T>(stages_at + (stage ^ 1) * T::kStageBytes, a, next_row);
       next_scales = load_scales(a, next_row);
-      next_row = cache_row(a, pages, start + 2 * step_length + lane, end, kv_head);
+      next_row = cache_row(a, pages, start + 2 * step_length + lane, pages_end, kv_head);
     }
 
     // steps 3 to 5
@@ -211,12 +205,19 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
     soften<T>(state, s, q, start + kTokens > all_see, seen_here, exponent);
     accumulate<T>(state, s, here_at + T::kCodesBytes, scales);
   }
-  sync_block();  // shared memory is free
+  settle<T>(state);
 
   // step 6
+  if constexpr (T::kTakesNew) {
+    sync_block();  // for what is kept
+    attend_new<T>(state, q, a, smem, *kept_rows, *kept_new);
+  }
+  sync_block();  // shared memory is free
+
+  // step 7
   float* sums = reinterpret_cast<float*>(smem);  // [warps][16][kOutPitch]
   float* tops = sums + T::kWarpsM * T::kWarpsN * kTileRows * T::kOutPitch;  // [warps][16][2]
-  const float unit = kInverseCodeUnit * from_top(state.exponent);
+  const float unit = from_top(state.exponent);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float total = state.total[half];
@@ -234,8 +235,7 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int d = chunk * T::kElements + (2 * t + j) * T::kPairs + i;
-          const float codes = state.acc[chunk][i][2 * half + j] * inverse_factor<T::kBits>(i);
-          sums[row * T::kOutPitch + d] = (codes - state.zero[2 * half]) * unit;
+          sums[row * T::kOutPitch + d] = state.acc[chunk][i][2 * half + j] * unit;
         }
       }
     }

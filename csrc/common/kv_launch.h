@@ -12,6 +12,7 @@ struct Call {
   const char* op;  // shown in errors
   const Tensor &q, &k_codes, &k_scale, &k_zero_point, &v_codes, &v_scale, &v_zero_point;
   const Tensor &block_table, &seq_lens, &query_start;
+  const std::optional<Tensor>&k_new, &v_new, &cached_lens;
   int64_t bits;
   double scaling;
 };

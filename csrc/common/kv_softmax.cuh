@@ -43,14 +43,14 @@ struct Queries {
   }
 };
 
-// A lane's elements of a chunk in row g and g + 8, as a word of codes has them: fp16 or bf16 bits,
-// two a register; zeros where there is no row (row_at -1) or no element.
+// A lane's elements of a chunk in its row of `rows`, as a word of codes has them: fp16 or bf16
+// bits, two a register; zeros where there is no row (row_at -1) or no element.
 template <class T>
 __device__ __forceinline__ void load_elements(float (&x)[4 * T::kSteps], const Arguments& a,
-                                              int64_t row_at, int chunk) {
+                                              const uint16_t* rows, int64_t row_at, int chunk) {
   const int d = chunk * T::kElements + lane_id() % 4 * 4 * T::kSteps;
   const bool valid = row_at >= 0 && d < a.head_dim;
-  const auto* from = reinterpret_cast<const uint2*>(a.q + row_at + d);
+  const auto* from = reinterpret_cast<const uint2*>(rows + row_at + d);
 #pragma unroll
   for (int i = 0; i < T::kSteps; ++i) {
     uint2 four = make_uint2(0, 0);
@@ -58,6 +58,23 @@ __device__ __forceinline__ void load_elements(float (&x)[4 * T::kSteps], const A
     x[4 * i] = widen(four.x & 0xFFFF, a.is_bf16), x[4 * i + 1] = widen(four.x >> 16, a.is_bf16);
     x[4 * i + 2] = widen(four.y & 0xFFFF, a.is_bf16), x[4 * i + 3] = widen(four.y >> 16, a.is_bf16);
   }
+}
+
+// The exponent of the largest element of a row, which 4 lanes have.
+template <class T>
+__device__ __forceinline__ int row_exponent(const Arguments& a, const uint16_t* rows,
+                                            int64_t row_at) {
+  float amax = 0.0f;
+#pragma unroll(T::kSharedQueries ? 1 : T::kChunks)
+  for (int chunk = 0; chunk < T::kChunks; ++chunk) {
+    float x[4 * T::kSteps];
+    load_elements<T>(x, a, rows, row_at, chunk);
+#pragma unroll
+    for (int i = 0; i < 4 * T::kSteps; ++i) amax = max_nan(amax, fabsf(x[i]));
+  }
+  amax = max_nan(amax, shuffle_xor(amax, 1));
+  amax = max_nan(amax, shuffle_xor(amax, 2));
+  return exponent_of(amax);
 }
 
 // So little that what it makes of any two scores, below 2^44, is the same p; but not 0, which would
@@ -71,17 +88,7 @@ __device__ __forceinline__ void load_queries(Queries<T>& q, const Arguments& a,
   float scale[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float amax = 0.0f;
-#pragma unroll(T::kSharedQueries ? 1 : T::kChunks)
-    for (int chunk = 0; chunk < T::kChunks; ++chunk) {
-      float x[4 * T::kSteps];
-      load_elements<T>(x, a, row_at[half], chunk);
-#pragma unroll
-      for (int i = 0; i < 4 * T::kSteps; ++i) amax = max_nan(amax, fabsf(x[i]));
-    }
-    amax = max_nan(amax, shuffle_xor(amax, 1));
-    amax = max_nan(amax, shuffle_xor(amax, 2));
-    const int exponent = exponent_of(amax);
+    const int exponent = row_exponent<T>(a, a.q, row_at[half]);
     scale[half] = to_top(exponent);
     q.factor[half] = fmaxf(a.factor * from_top(exponent), kLeastFactor);
     q.sum[half] = 0.0f;
@@ -92,7 +99,7 @@ __device__ __forceinline__ void load_queries(Queries<T>& q, const Arguments& a,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float x[4 * T::kSteps];
-      load_elements<T>(x, a, row_at[half], chunk);
+      load_elements<T>(x, a, a.q, row_at[half], chunk);
 #pragma unroll
       for (int i = 0; i < 4 * T::kSteps; ++i) {
         x[i] *= scale[half];
@@ -249,21 +256,29 @@ __device__ __forceinline__ void soften(State<T>& state, float (&s)[4][4], const 
   }
 }
 
-// Step 5: D registers of scores are A registers of p; both times 16 positions.
+// D registers of scores are A registers of p, each times its position's scale; both of 16
+// positions.
+__device__ __forceinline__ void weigh(uint32_t (&weights)[2][4], const float (&p)[4][4],
+                                      const float* v_scale, float unit) {
+  const int t = lane_id() % 4;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const float2 scale = *reinterpret_cast<const float2*>(v_scale + 8 * n + 2 * t);
+    const float x = scale.x * unit, y = scale.y * unit;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      weights[n / 2][2 * (n % 2) + half] = pack_half2(p[n][2 * half] * x, p[n][2 * half + 1] * y);
+    }
+  }
+}
+
+// Step 5
 template <class T>
 __device__ __forceinline__ void accumulate(State<T>& state, const float (&p)[4][4],
                                            uint32_t v_codes, const StageScales& scales) {
   const int t = lane_id() % 4;
   uint32_t weights[2][4];
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    const float2 scale = *reinterpret_cast<const float2*>(scales.v_scale + 8 * n + 2 * t);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      weights[n / 2][2 * (n % 2) + half] =
-          pack_half2(p[n][2 * half] * scale.x, p[n][2 * half + 1] * scale.y);
-    }
-  }
+  weigh(weights, p, scales.v_scale, 1.0f);
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
     const auto* zeros = reinterpret_cast<const uint32_t*>(scales.v_zero + 16 * step + 2 * t);
@@ -284,6 +299,24 @@ __device__ __forceinline__ void accumulate(State<T>& state, const float (&p)[4][
       }
     }
   }
+}
+
+// Sums of codes to sums of numbers: zero points off, and what pairs of codes were multiplied with.
+template <class T>
+__device__ __forceinline__ void settle(State<T>& state) {
+#pragma unroll
+  for (int chunk = 0; chunk < T::kChunks; ++chunk) {
+#pragma unroll
+    for (int i = 0; i < T::kPairs; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float codes = state.acc[chunk][i][j] * inverse_factor<T::kBits>(i);
+        state.acc[chunk][i][j] = (codes - state.zero[j & 2]) * kInverseCodeUnit;
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) state.zero[j] = 0.0f;
 }
 
 }  // namespace lowbit::kv

@@ -68,13 +68,66 @@ __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
   return bits | static_cast<uint32_t>(bit_cast<uint16_t>(__float2half_rn(high))) << 16;
 }
 
+// ---- what a call is of -------------------------------------------------------------------------
+
+struct Pages {
+  const uint8_t* codes;        // [num_pages * page_size, num_kv_heads, head_dim * kBits / 8]
+  const __half* scale;         // [num_pages * page_size, num_kv_heads]
+  const uint8_t* zero_points;  // likewise
+};
+
+struct Arguments {
+  const uint16_t* q;  // [T, num_q_heads, head_dim] fp16 or bf16
+  Pages k, v;
+  const int* block_table;         // [B, pages_of_row], rows table_stride apart
+  const int* seq_lens;            // [B]
+  const int* query_start;         // [B + 1]
+  const uint16_t *k_new, *v_new;  // [T, num_kv_heads, head_dim] as q; or null
+  const int* cached_lens;         // [B]; or null
+  uint16_t* out;                  // as q
+  float* partial;                 // [splits, T, num_q_heads, head_dim], unused when splits is 1
+  float *row_max, *row_sum;  // [splits, T, num_q_heads], likewise; the maximum in binary digits
+  int T, B, pages_of_row, page_size, num_kv_heads, heads, head_dim;  // heads of a KV head
+  int64_t table_stride;
+  int tile_rows;  // kRows; or `heads`, where a tile is one query
+  int splits, split_length;
+  bool is_bf16;
+  float factor;    // |scaling| log2(e)
+  float k_factor;  // the sign of scaling, divided by kCodeUnit
+};
+
+// The rows of a block's tile.
+struct Rows {
+  int first;                 // of the sequence's
+  int queries, first_query;  // of the sequence
+  int before;                // + query: how much a query sees
+
+  __device__ __forceinline__ int seen(const Arguments& a, int local) const {
+    return before + (first + local) / a.heads;
+  }
+
+  // The place of row `local` of the tile among heads of queries; -1: there is none.
+  __device__ __forceinline__ int index(const Arguments& a, int kv_head, int local) const {
+    const int row = first + local, query = row / a.heads, head = row - query * a.heads;
+    if (local >= a.tile_rows || query >= queries) return -1;
+    return ((first_query + query) * a.num_kv_heads + kv_head) * a.heads + head;
+  }
+};
+
+// Positions that a block takes from k_new and v_new: first .. end - 1, j is their row `own` + j.
+struct NewPositions {
+  int first, end, own;
+};
+
 // ---- shapes ------------------------------------------------------------------------------------
 
 // kWarpsM warps share positions and have 16 rows each; kWarpsN share rows and take positions in
 // turn, each from shared memory of its own. kDim: head_dim, or the next larger one there is.
-template <int kBits_, int kDim_, int kWarpsM_, int kWarpsN_>
+// kTakesNew: k_new and v_new are given. Kernels apart: what is given takes registers.
+template <int kBits_, int kDim_, int kWarpsM_, int kWarpsN_, bool kTakesNew_ = false>
 struct Tile {
   static constexpr int kBits = kBits_, kDim = kDim_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
+  static constexpr bool kTakesNew = kTakesNew_;
   static constexpr int kThreads = kWarp * kWarpsM * kWarpsN;
   static constexpr int kRows = kTileRows * kWarpsM;
 
@@ -93,36 +146,22 @@ struct Tile {
   static constexpr int kOutPitch = kDim + 8;  // fp32; pairs of rows g lie in different banks
   static constexpr int kOutBytes = kWarpsM * kWarpsN * kTileRows * (kOutPitch + 2) * 4;
   static constexpr int kAllStages = kWarpsN * kStages * kStageBytes;
-  static constexpr int kRowsAt = kQueriesBytes + (kAllStages > kOutBytes ? kAllStages : kOutBytes);
-  static constexpr int kSmemBytes = kRowsAt + 16;
+
+  // Positions in full precision: K as B registers, V in rows, two scales each (common/kv_new.cuh).
+  static constexpr int kNewValuesAt = kTokens * kDim * 2;
+  static constexpr int kNewPitch = kDim * 2 + 16;  // odd, in 16 bytes
+  static constexpr int kNewScalesAt = kNewValuesAt + kTokens * kNewPitch;
+  static constexpr int kNewBytes = kNewScalesAt + kTokens * 2 * 4;
+
+  static constexpr int kShared = kAllStages > kOutBytes ? kAllStages : kOutBytes;
+  static constexpr int kRowsAt = kQueriesBytes + kShared;
+  static constexpr int kSmemBytes = kRowsAt + sizeof(Rows) + sizeof(NewPositions);
   static_assert(kBits == 4 || kBits == 8, "what pair_of_codes takes apart");
   static_assert(kChunks * kChunk * 8 == kDim * kBits, "whole chunks");
   static_assert(kWarpsM == 1 || kWarpsN == 1, "a group of warps is a warp or the block");
+  static_assert(!kTakesNew || kNewBytes <= kShared, "one after the other in the same memory");
+  static_assert(!kTakesNew || kWarpsM * 8 == kTokens, "8 positions a warp");
   static_assert(kSmemBytes <= 99 * 1024, "what a block can have on sm_86, sm_89 and sm_120");
-};
-
-struct Pages {
-  const uint8_t* codes;        // [num_pages * page_size, num_kv_heads, head_dim * kBits / 8]
-  const __half* scale;         // [num_pages * page_size, num_kv_heads]
-  const uint8_t* zero_points;  // likewise
-};
-
-struct Arguments {
-  const uint16_t* q;  // [T, num_q_heads, head_dim] fp16 or bf16
-  Pages k, v;
-  const int* block_table;    // [B, pages_of_row], rows table_stride apart
-  const int* seq_lens;       // [B]
-  const int* query_start;    // [B + 1]
-  uint16_t* out;             // as q
-  float* partial;            // [splits, T, num_q_heads, head_dim], unused when splits is 1
-  float *row_max, *row_sum;  // [splits, T, num_q_heads], likewise; the maximum in binary digits
-  int T, B, pages_of_row, page_size, num_kv_heads, heads, head_dim;  // heads of a KV head
-  int64_t table_stride;
-  int tile_rows;  // kRows; or `heads`, where a tile is one query
-  int splits, split_length;
-  bool is_bf16;
-  float factor;    // |scaling| log2(e)
-  float k_factor;  // the sign of scaling, divided by kCodeUnit
 };
 
 __device__ __forceinline__ float widen(uint32_t bits, bool is_bf16) {
@@ -136,5 +175,6 @@ __device__ __forceinline__ uint16_t narrow(float x, bool is_bf16) {
 }
 
 __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ int larger(int a, int b) { return a > b ? a : b; }
 
 }  // namespace lowbit::kv

@@ -496,25 +496,32 @@ KV_APPEND = tuple(
 )
 
 
-def _kv_attention(q: str, head_dim: int, bits: int, heads: int, queries: float) -> Config:
+def _kv_attention(
+    q: str, head_dim: int, bits: int, heads: int, queries: float, new: bool = False
+) -> Config:
     words, split = head_words(head_dim, bits), queries == 1
     t = attention_tile(q == "fp32", heads * queries, head_dim, words)
     parts = {"row_max": "*fp32", "row_sum": "*fp32"}
+    given = {"k_new": f"*{q}", "v_new": f"*{q}", "cached_lens": "*i32"}
     return Config(
         "kv_attention:kv_attention_kernel",
-        f"{q}-{head_dim}-int{bits}-{heads}-{t.BLOCK_M}x{t.BLOCK_N}" + ("-split" if split else ""),
+        f"{q}-{head_dim}-int{bits}-{heads}-{t.BLOCK_M}x{t.BLOCK_N}"
+        + ("-split" if split else "")
+        + ("-new" if new else ""),
         {
             "q": f"*{q}",
             **dict.fromkeys(("k_codes", "v_codes"), "*i16"),
             **dict.fromkeys(("k_scale", "v_scale"), "*fp16"),
             **dict.fromkeys(("k_zero_point", "v_zero_point"), "*u8"),
             **dict.fromkeys(("block_table", "seq_lens", "query_start"), "*i32"),
+            **(given if new else {}),
             **({"out": "*fp32", **parts} if split else {"out": f"*{q}"}),
             **dict.fromkeys(("T", "B", "P", "num_kv_heads", "split_length"), "i32"),
             "factor": "fp32",
         },
         {
             **({} if split else dict.fromkeys(parts)),
+            **({} if new else dict.fromkeys(given)),
             **{"HEAD_DIM": head_dim, "BITS": bits, "PAGE_SIZE": 16},
             **{"HEADS": heads, "ROWS": heads if split else t.BLOCK_M},
             **{"BLOCK_M": t.BLOCK_M, "BLOCK_N": t.BLOCK_N, "WORDS": words, "COPIES": t.copies},
@@ -533,13 +540,15 @@ def _kv_attention(q: str, head_dim: int, bits: int, heads: int, queries: float) 
 
 
 # fmt: off
-_KV_CALLS = (  # head_dim, bits, query heads of a KV head, queries of a sequence
+_KV_CALLS = (  # head_dim, bits, query heads of a KV head, queries of a sequence, k_new or not
     ("bf16", 64, 4, 3, 1), ("fp16", 64, 8, 1, 1), ("bf16", 80, 4, 1, 1), ("fp16", 128, 4, 8, 1),
     ("bf16", 128, 4, 4, 1), ("bf16", 128, 8, 8, 1), ("fp16", 128, 2, 4, 1), ("fp16", 256, 4, 4, 1),
     ("bf16", 256, 8, 1, 1), ("fp16", 128, 4, 4, 16), ("bf16", 64, 4, 3, ANY),
     ("fp16", 80, 8, 1, ANY), ("fp16", 128, 4, 4, ANY), ("bf16", 128, 4, 8, ANY),
     ("fp16", 256, 4, 4, ANY), ("bf16", 256, 8, 4, ANY), ("fp32", 64, 8, 3, ANY),
     ("fp32", 128, 4, 4, ANY), ("fp32", 256, 8, 4, ANY),
+    ("bf16", 64, 4, 3, ANY, True), ("fp16", 80, 8, 1, ANY, True), ("fp16", 128, 4, 4, ANY, True),
+    ("bf16", 128, 2, 4, 1, True), ("bf16", 256, 8, 4, ANY, True), ("fp32", 128, 4, 4, ANY, True),
 )
 # fmt: on
 KV_ATTENTION = tuple(_kv_attention(*call) for call in _KV_CALLS) + tuple(

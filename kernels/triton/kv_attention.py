@@ -11,7 +11,8 @@ of a sequence and a KV head, and a split of the positions:
 2. BLOCK_N positions at a time, up to the last that the tile sees: scores = q . (code - zero_point),
    times k_scale * scaling as a tile; online softmax in base 2; acc += (p * v_scale) . (code -
    zero_point). What a position has one number of is loaded one step ahead.
-3. out = acc / sum of p. Of several splits: acc, sum and maximum in fp32, and combine_kernel adds
+3. Of tokens that are given in full precision likewise, their columns by part as those of q are.
+4. out = acc / sum of p. Of several splits: acc, sum and maximum in fp32, and combine_kernel adds
    those of a row in order.
 
 A word is 16 bits: PER_WORD elements of a head. They are never interleaved: element e of every word
@@ -190,6 +191,16 @@ def inverse(unit):
     return bits.to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def soften(scores, top, total):
+    """Online softmax: p, what is before times shrink, and the new maximum and sum."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # of a row that saw nothing so far
+    p = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
+    return p, shrink, new_top, total * shrink + tl.sum(p, axis=1)
+
+
 @triton.jit(do_not_specialize=["T", "B", "P"])  # one kernel for all calls of a model
 def kv_attention_kernel(
     q,  # [T, num_kv_heads, HEADS, HEAD_DIM]
@@ -202,6 +213,9 @@ def kv_attention_kernel(
     block_table,  # [B, P]
     seq_lens,  # [B]
     query_start,  # [B + 1]
+    k_new,  # None; or [T, num_kv_heads, HEAD_DIM]
+    v_new,
+    cached_lens,  # None; or [B]
     out,  # as q; or fp32 [splits, *q.shape], not divided by the sum
     row_max,  # None; or fp32 [splits, T, num_kv_heads, HEADS]: the largest score
     row_sum,  # None; or of p
@@ -224,6 +238,7 @@ def kv_attention_kernel(
     PER_WORD: tl.constexpr = 16 // BITS
     HEAD_WORDS: tl.constexpr = HEAD_DIM // PER_WORD
     SPLIT: tl.constexpr = row_max is not None
+    NEW: tl.constexpr = k_new is not None
     IN_FP32: tl.constexpr = INTERPRETED and q.dtype.element_ty == tl.bfloat16
     dtype: tl.constexpr = tl.float32 if IN_FP32 else q.dtype.element_ty
 
@@ -240,6 +255,10 @@ def kv_attention_kernel(
     end = tl.minimum(length - queries + last_query + 1, begin + split_length)
     if SPLIT and begin >= end:
         return
+    cached, pages_end = length, end
+    if NEW:
+        cached = tl.maximum(tl.load(cached_lens + b, mask=b < B, other=0), length - queries)
+        pages_end = tl.minimum(end, cached)
 
     query, row, row_valid = find_rows(first_row, queries, num_kv_heads, HEADS, ROWS, BLOCK_M)
     first_query = first_row // HEADS
@@ -262,18 +281,19 @@ def kv_attention_kernel(
 
     # Step 2
     pages = block_table + b.to(tl.int64) * P
+    in_pages = tl.minimum(seen, cached)
     tokens = load_tokens(
-        begin, end, pages, kv_head, num_kv_heads, k_scale, k_zero_point, v_scale, v_zero_point,
-        PAGE_SIZE, BLOCK_N, COPIES,
+        begin, pages_end, pages, kv_head, num_kv_heads,
+        k_scale, k_zero_point, v_scale, v_zero_point, PAGE_SIZE, BLOCK_N, COPIES,
     )  # fmt: skip
-    for start in range(begin, end, BLOCK_N):
+    for start in range(begin, pages_end, BLOCK_N):
         head, key_scale, key_zero, value_scale, value_zero = tokens
         tokens = load_tokens(
-            start + BLOCK_N, end, pages, kv_head, num_kv_heads,
+            start + BLOCK_N, pages_end, pages, kv_head, num_kv_heads,
             k_scale, k_zero_point, v_scale, v_zero_point, PAGE_SIZE, BLOCK_N, COPIES,
         )  # fmt: skip
         position = start + tl.arange(0, BLOCK_N)
-        valid = position < end
+        valid = position < pages_end
         codes_at = head[:, None] * HEAD_WORDS + word[None, :]
         codes_mask = valid[:, None] & word_valid[None, :]
 
@@ -284,15 +304,9 @@ def kv_attention_kernel(
             numbers = tl.trans(centered(k, zero_point, part, BITS, dtype))
             scores = tl.dot(q_parts[part], numbers, scores, input_precision="ieee")
         scores *= (finite(key_scale) * factor)[None, :]
-        scores = tl.where(position[None, :] < seen[:, None], scores, float("-inf"))
+        scores = tl.where(position[None, :] < in_pages[:, None], scores, float("-inf"))
 
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # of a row that saw nothing so far
-        p = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(p, axis=1)
-        top = new_top
-
+        p, shrink, top, total = soften(scores, top, total)
         scale = finite(value_scale)
         if dtype == tl.float16:
             largest = tl.max(tl.where(scale == scale, tl.abs(scale), 0.0), axis=0, keep_dims=True)
@@ -312,6 +326,35 @@ def kv_attention_kernel(
         acc = new_acc
 
     # Step 3
+    if NEW:
+        own = first + queries - length  # the row of position 0
+        in_split = tl.minimum(seen, end)
+        for start in range(tl.maximum(begin, cached), end, BLOCK_N):
+            position = start + tl.arange(0, BLOCK_N)
+            new_row = (own + position).to(tl.int64) * num_kv_heads + kv_head
+            new_at = new_row[:, None] * HEAD_DIM + (word * PER_WORD)[None, :]
+            new_mask = (position < end)[:, None] & word_valid[None, :]
+            scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for part in tl.static_range(PER_WORD):
+                numbers = tl.load(k_new + new_at + part, mask=new_mask, other=0.0).to(dtype)
+                numbers = tl.trans(numbers)
+                scores = tl.dot(q_parts[part], numbers, scores, input_precision="ieee")
+            scores = tl.where(position[None, :] < in_split[:, None], scores * factor, float("-inf"))
+            p, shrink, top, total = soften(scores, top, total)
+            if dtype == tl.float16:
+                new_unit = tl.maximum(unit, 1.0)
+                p *= inverse(new_unit)
+                shrink *= unit * inverse(new_unit)
+                unit = new_unit
+            weight = p.to(dtype)
+            new_acc = ()
+            for part in tl.static_range(PER_WORD):
+                numbers = tl.load(v_new + new_at + part, mask=new_mask, other=0.0).to(dtype)
+                scaled = acc[part] * shrink[:, None]
+                new_acc += (tl.dot(weight, numbers, scaled, input_precision="ieee"),)
+            acc = new_acc
+
+    # Step 4
     first_row = here(first_row)
     query, row, row_valid = find_rows(first_row, queries, num_kv_heads, HEADS, ROWS, BLOCK_M)
     seen = length - queries + query + 1
@@ -400,6 +443,9 @@ def kv_attention(
     block_table: Tensor,
     seq_lens: Tensor,
     query_start: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    cached_lens: Tensor | None,
     bits: int,
     scaling: float,
 ) -> Tensor:
@@ -426,10 +472,12 @@ def kv_attention(
     k_codes, v_codes = (t.contiguous().view(torch.int16) for t in (k_codes, v_codes))
     read = (q, k_codes, k_scale, k_zero_point, v_codes, v_scale, v_zero_point, block_table)
     lengths = (seq_lens.contiguous(), query_start.contiguous())
+    new = (t if t is None else t.contiguous() for t in (k_new, v_new, cached_lens))
     with device_of(q):
         kv_attention_kernel[(count * num_kv_heads, splits)](
             *(t.contiguous() for t in read),
             *lengths,
+            *new,
             *(partial, row_max, row_sum),
             *(T, B, P, num_kv_heads, split_length, scaling * LOG2_E),
             HEAD_DIM=head_dim,

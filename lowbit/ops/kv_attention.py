@@ -14,6 +14,10 @@ sequence owns get 0. Zero queries or L = 0 are legal. Entries of block_table pas
 use, and slots past L, are never read. Where K or V is not finite, every query of the call that
 sees it gets nan; what earlier queries of that sequence get is not specified.
 
+The new tokens may be given in full precision. Then the positions from cached_lens[b] on are not
+read from the pages: position j is row query_start[b + 1] - L + j of k_new and v_new, as it is. One
+softmax is over both. What is not finite in these rows reaches queries of their sequence only.
+
     q             [T, num_q_heads, D]       fp32, fp16 or bf16 (or fp64)
     k_codes, k_scale, k_zero_point, v_codes, v_scale, v_zero_point
                                             the cache of lowbit/ops/kv_append.py, num_kv_heads
@@ -21,11 +25,14 @@ sees it gets nan; what earlier queries of that sequence get is not specified.
     block_table   [B, P]                    int32 page numbers, P * page_size >= every L
     seq_lens      [B]                       int32
     query_start   [B + 1]                   int32, ascending, 0 first, at most T last
+    k_new, v_new  [T, num_kv_heads, D]      q.dtype; both None: every position is in the pages
+    cached_lens   [B]                       int32, L - n (or 0) .. L; None as k_new is
     bits          2..8; scaling: any float, 1 / sqrt(D) as a rule
     out           [T, num_q_heads, D]       q.dtype
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,12 +60,15 @@ def check_attention(
     block_table: Tensor,
     seq_lens: Tensor,
     query_start: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    cached_lens: Tensor | None,
     bits: int,
     scaling: float,
 ):
     """The checks every op that attends over the cache shares."""
     cache = (k_codes, k_scale, k_zero_point, v_codes, v_scale, v_zero_point)
-    check_cache(op, q, cache, bits)
+    num_kv_heads = check_cache(op, q, cache, bits)
     for name, t in (
         ("block_table", block_table),
         ("seq_lens", seq_lens),
@@ -73,6 +83,23 @@ def check_attention(
             f"[B + 1], got {tuple(block_table.shape)}, {tuple(seq_lens.shape)} and "
             f"{tuple(query_start.shape)}"
         )
+    new = {"k_new": k_new, "v_new": v_new, "cached_lens": cached_lens}
+    missing = [name for name, t in new.items() if t is None]
+    if len(missing) == len(new):
+        return
+    if missing:
+        raise ValueError(f"{op}: {', '.join(new)} must be given together, got no {missing[0]}")
+    rows = (q.shape[0], num_kv_heads, q.shape[2])
+    for name, dtype, shape in (
+        ("k_new", q.dtype, rows),
+        ("v_new", q.dtype, rows),
+        ("cached_lens", torch.int32, (B,)),
+    ):
+        if new[name].dtype != dtype or new[name].shape != shape:
+            raise ValueError(
+                f"{op}: {name} must be {dtype} of shape {tuple(shape)}, "
+                f"got {new[name].dtype} of shape {tuple(new[name].shape)}"
+            )
 
 
 def _reference(
@@ -86,6 +113,9 @@ def _reference(
     block_table: Tensor,
     seq_lens: Tensor,
     query_start: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    cached_lens: Tensor | None,
     bits: int,
     scaling: float,
 ) -> Tensor:
@@ -93,8 +123,14 @@ def _reference(
     out = torch.zeros_like(q)
     page_size = k_codes.shape[1]
     starts, lengths = query_start.tolist(), seq_lens.tolist()
-    for b, length in enumerate(lengths):
+    in_pages = lengths if cached_lens is None else cached_lens.tolist()
+    for b, (length, cached) in enumerate(zip(lengths, in_pages, strict=True)):
         rows = slice(max(starts[b], starts[b + 1] - length), starts[b + 1])  # that see something
+        if not max(length - (starts[b + 1] - starts[b]), 0) <= cached <= length:
+            raise ValueError(
+                f"kv_attention: cached_lens must lack no more than the {starts[b + 1] - starts[b]} "
+                f"queries of the {length} tokens of sequence {b}, got {cached}"
+            )
         if rows.start >= rows.stop:
             continue
         if length > block_table.shape[1] * page_size:
@@ -102,23 +138,33 @@ def _reference(
                 f"kv_attention: sequence {b} has {length} tokens, more than the "
                 f"{block_table.shape[1]} pages of {page_size} in its block_table row"
             )
-        used = block_table[b, : -(-length // page_size)].long()
+        used = block_table[b, : -(-cached // page_size)].long()
+        new_rows = slice(rows.stop - (length - cached), rows.stop)
         k, v = (
-            DEQUANTIZE.reference(
-                codes[used].flatten(0, 1)[:length],
-                _nan_if_not_finite(scale[used].flatten(0, 1)[:length].unsqueeze(-1)),
-                zero_point[used].flatten(0, 1)[:length].unsqueeze(-1),
-                bits,
-                True,
-                compute,
-            ).transpose(0, 1)
-            for codes, scale, zero_point in (
-                (k_codes, k_scale, k_zero_point),
-                (v_codes, v_scale, v_zero_point),
+            _tokens(*(t[used].flatten(0, 1)[:cached] for t in in_pages_of), bits, new, compute)
+            for *in_pages_of, new in (
+                (k_codes, k_scale, k_zero_point, None if k_new is None else k_new[new_rows]),
+                (v_codes, v_scale, v_zero_point, None if v_new is None else v_new[new_rows]),
             )
         )
         out[rows] = attend(q[rows].to(compute), k, v, scaling)
     return out
+
+
+def _tokens(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    new: Tensor | None,
+    compute: torch.dtype,
+) -> Tensor:
+    """[num_kv_heads, L, D]: K or V of one sequence, those of its pages and then the new ones."""
+    scale, zero_point = _nan_if_not_finite(scale).unsqueeze(-1), zero_point.unsqueeze(-1)
+    numbers = DEQUANTIZE.reference(codes, scale, zero_point, bits, True, compute)
+    if new is not None:
+        numbers = torch.cat((numbers, new.to(compute)))
+    return numbers.transpose(0, 1)
 
 
 def _nan_if_not_finite(scale: Tensor) -> Tensor:
@@ -188,9 +234,13 @@ def _why_not_cuda(*args) -> str | None:
         return "the CUDA kernel counts heads of queries and of cached tokens in 32 bits"
     if block_table.shape[1] > 1 and block_table.stride(1) != 1:
         return "the CUDA kernel reads rows of block_table that are contiguous"
-    others = (*tensors[:7], *tensors[8:])
-    if not all(t.is_contiguous() for t in others) or any(t.data_ptr() % 16 for t in (q, *codes)):
-        return "the CUDA kernel reads contiguous tensors, q and codes at multiples of 16 bytes"
+    others = [t for t in (*tensors[:7], *tensors[8:]) if t is not None]
+    aligned = [t for t in (q, *codes, *tensors[10:12]) if t is not None]
+    if not all(t.is_contiguous() for t in others) or any(t.data_ptr() % 16 for t in aligned):
+        return (
+            "the CUDA kernel reads contiguous tensors, q, codes, k_new and v_new at multiples of "
+            "16 bytes"
+        )
     return why_not_cuda(*tensors)
 
 
@@ -203,6 +253,17 @@ KV_ATTENTION = Op(
 )
 
 
+class NewTokens(NamedTuple):
+    """The tokens of one call in full precision, rotated as those in the pages are."""
+
+    k: Tensor
+    v: Tensor
+    cached_lens: Tensor
+
+
+NONE_NEW = (None, None, None)
+
+
 def kv_attention(
     q: Tensor,
     pages: KVPages,
@@ -210,9 +271,18 @@ def kv_attention(
     seq_lens: Tensor,
     query_start: Tensor,
     scaling: float,
+    new: NewTokens | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """q's attention over the sequences in `pages`; the contract is this module's docstring."""
     return KV_ATTENTION(
-        q, *pages.tensors, block_table, seq_lens, query_start, pages.bits, scaling, backend=backend
+        q,
+        *pages.tensors,
+        block_table,
+        seq_lens,
+        query_start,
+        *(new or NONE_NEW),
+        pages.bits,
+        scaling,
+        backend=backend,
     )

@@ -7,7 +7,7 @@ order 0 leaves the rotation out: quantize(x). On each backend it returns the ver
 calls on that backend; kv_attention.py, hadamard_quant.py and quantize.py have the contract. A row
 that sees nothing is quantized zeros, one with nan has scale nan and codes 0.
 
-    q .. query_start, kv_bits, scaling   as in kv_attention, where kv_bits is `bits`
+    q .. cached_lens, kv_bits, scaling   as in kv_attention, where kv_bits is `bits`
     order, inner, matrix                 as in hadamard, of rows of K = num_q_heads * head_dim
     codes       [T, K * storage_bits / 8] uint8 when packed, else [T, K] int8 or uint8
     scale       [T, 1]                   fp32
@@ -24,13 +24,18 @@ from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.hadamard import check_rotation
 from lowbit.ops.hadamard_quant import HADAMARD_QUANT
 from lowbit.ops.kv_append import KVPages
-from lowbit.ops.kv_attention import KV_ATTENTION, check_attention
+from lowbit.ops.kv_attention import KV_ATTENTION, NONE_NEW, NewTokens, check_attention
 from lowbit.ops.quantize import QUANTIZE, as_packed_tensor, check_grid, check_per_token
+
+
+def _parts(args: tuple) -> tuple[tuple, tuple]:
+    """kv_attention's arguments, and those that follow them."""
+    return args[:15], args[15:]
 
 
 def two_calls(args: tuple) -> tuple[tuple, Op, tuple]:
     """The arguments as kv_attention's, and the op that quantizes with those that follow its x."""
-    attention, (order, inner, matrix, bits, symmetric, clip, packed) = args[:12], args[12:]
+    attention, (order, inner, matrix, bits, symmetric, clip, packed) = _parts(args)
     if order == 0:
         return attention, QUANTIZE, (bits, 0, symmetric, clip, packed, torch.float32)
     return attention, HADAMARD_QUANT, (order, inner, matrix, bits, symmetric, clip, packed)
@@ -43,7 +48,7 @@ def _no_rows(q: Tensor) -> Tensor:
 
 def _check(*args):
     op = "kv_attention_quant"
-    attention, (order, inner, matrix, bits, _, clip, packed) = args[:12], args[12:]
+    attention, (order, inner, matrix, bits, _, clip, packed) = _parts(args)
     check_attention(op, *attention)
     x = _no_rows(args[0])
     if x.shape[-1] == 0:
@@ -67,6 +72,9 @@ def _reference(
     block_table: Tensor,
     seq_lens: Tensor,
     query_start: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    cached_lens: Tensor | None,
     kv_bits: int,
     scaling: float,
     order: int,
@@ -78,7 +86,8 @@ def _reference(
     packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     cache = (k_codes, k_scale, k_zero_point, v_codes, v_scale, v_zero_point)
-    attention = (q, *cache, block_table, seq_lens, query_start, kv_bits, scaling)
+    new = (k_new, v_new, cached_lens)
+    attention = (q, *cache, block_table, seq_lens, query_start, *new, kv_bits, scaling)
     grid = (order, inner, matrix, bits, symmetric, clip, packed)
     attention, quantizer, grid = two_calls((*attention, *grid))
     return quantizer.reference(KV_ATTENTION.reference(*attention).flatten(1), *grid)
@@ -100,7 +109,7 @@ def _why_not_triton(*args) -> str | None:
 def _why_not_cuda(*args) -> str | None:
     if not args:
         return cuda.why_not_cuda()
-    attention, (order, inner, matrix, bits, _, clip, packed) = args[:12], args[12:]
+    attention, (order, inner, matrix, bits, _, clip, packed) = _parts(args)
     reason = KV_ATTENTION.backends["cuda"].why_not(*attention)
     return reason or why_not_rotated_by_cuda(
         order or 1, inner, matrix, bits, clip, packed, _no_rows(args[0]), halves=True
@@ -109,7 +118,7 @@ def _why_not_cuda(*args) -> str | None:
 
 def run_on_cuda(*args) -> tuple[Tensor, Tensor, Tensor]:
     """The CUDA kernels, which take H as the split of its order and the signs of the dense part."""
-    attention, (order, inner, _, *grid) = args[:12], args[12:]
+    attention, (order, inner, _, *grid) = _parts(args)
     q = attention[0]
     dense = dense_for_cuda(q.shape[1] * q.shape[2], order or 1, inner, halves=True)
     signs = signs_for_cuda(dense, q.device)
@@ -141,6 +150,7 @@ def kv_attention_quant(
     matrix: Tensor | None = None,
     clip: float = 1.0,
     layout: Layout = Layout.BYTES,
+    new: NewTokens | None = None,
     backend: str | None = None,
 ) -> PackedTensor:
     """q's attention over the sequences in `pages`, a token's heads rotated across and quantized as
@@ -152,6 +162,7 @@ def kv_attention_quant(
         block_table,
         seq_lens,
         query_start,
+        *(new or NONE_NEW),
         pages.bits,
         scaling,
         order,
