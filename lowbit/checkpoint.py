@@ -30,10 +30,11 @@ from lowbit.integrations import attach
 from lowbit.model_card import write_card
 from lowbit.models import adapter_of
 from lowbit.models.source import LOAD_ERRORS
+from lowbit.nn.attention import QUANTIZED
 from lowbit.nn.decode import DECODE_ROWS, set_decode
 from lowbit.nn.fused import fuse
 from lowbit.nn.linear import QuantLinear
-from lowbit.nn.swap import set_backend, swap
+from lowbit.nn.swap import check_prefill_kv, set_backend, set_prefill_kv, swap
 from lowbit.ops.dispatch import BACKENDS
 from lowbit.room import check_placement
 from lowbit.tensor_parallel import become_share, check_whole, group_of, parts_of
@@ -121,6 +122,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     fused: bool = True,
+    prefill_kv: str = QUANTIZED,
     decode: str | None = None,
     decode_rows: int | None = None,
     tensor_parallel: bool | DeviceMesh = False,
@@ -134,6 +136,8 @@ def load(
     device   None: cpu
     fused    decoder layers in as few ops as there are (lowbit/nn/fused.py), where the architecture
              and the format have them; False: modules of transformers' names in their places
+    prefill_kv  what a prompt's tokens see of each other: "quantized", what the cache holds of
+             them, or "full", K and V in the model's dtype (lowbit/nn/attention.py)
     decode   "w4a16" for 4-bit weights whose inputs are quantized, and so on: linears take up to
              decode_rows rows, such as those of a decoding step, as they are, and multiply them by
              the same weights (lowbit/nn/decode.py); None: every row is quantized
@@ -146,6 +150,7 @@ def load(
         raise InputError(f"decode_rows needs decode, such as 'w4a16', got {decode_rows} alone")
     if backend not in (None, *BACKENDS):
         raise InputError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    check_prefill_kv(prefill_kv)
     folder = Path(path).expanduser()
     config = read_config(folder)
     quantization = config.pop(QUANTIZATION_KEY)
@@ -183,6 +188,7 @@ def load(
     restore_rotary(model, adapter.rotary_path, device or "cpu")
     if (folder / GENERATION_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    set_prefill_kv(model, prefill_kv)
     rows = DECODE_ROWS if decode_rows is None else decode_rows
     return finish(model, backend, fused, decode, rows)
 

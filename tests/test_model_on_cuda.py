@@ -17,7 +17,7 @@ import lowbit
 from lowbit import cuda
 from lowbit.formats import Layout
 from lowbit.nn import QuantLinear, fuse, set_decode
-from lowbit.nn.swap import set_backend
+from lowbit.nn.swap import set_backend, set_prefill_kv
 from lowbit.ops.dispatch import Op
 from lowbit.ops.kv_append import CACHE
 from lowbit.ops.quantize import DEQUANTIZE
@@ -102,6 +102,7 @@ def agrees(
     kernels: set[str] = KERNELS,
     fused=False,
     decode: str | None = None,
+    prefill_kv="quantized",
     recipe=RECIPE,
     **sizes,
 ):
@@ -112,6 +113,7 @@ def agrees(
     if fused:
         fuse(model)
     set_decode(model, decode, 2)
+    set_prefill_kv(model, prefill_kv)
     expected = logits_of(model, "reference", tokens).float()
     ran.clear()
     got = logits_of(model, None, tokens).float()
@@ -159,6 +161,14 @@ def test_slices_of_ranks(ran):
     kernels = KERNELS - {"kv_attention_quant"} | {"kv_attention", "hadamard_quant"}
     recipe, sizes = replace(RECIPE, tensor_parallel=2), {"hidden_size": 256, "num_heads": 4}
     agrees("w4a4kv4", ran, Layout.FRAGMENT, kernels, recipe=recipe, num_kv_heads=2, **sizes)
+
+
+@torch.no_grad()
+@pytest.mark.emulate(90)
+@pytest.mark.parametrize("format", ["w4a8kv4", "w8a8kv8"])
+def test_prefill_in_full(format, ran):
+    """The same kernels: k goes through kv_append beside q, and into attention with v."""
+    agrees(format, ran, Layout.FRAGMENT, prefill_kv="full")
 
 
 @torch.no_grad()

@@ -3,17 +3,24 @@
 QUERY_CHUNK queries share the sums of one softmax in the reference of kv_attention. Where chunks are
 whole multiples of it, and so are the pads in front, each token is computed as it is in one forward,
 to the bit; elsewhere softmax is over another piece of the keys and differs by fp32 rounding.
+
+And prefill_kv: what a piece sees of its own tokens.
 """
+
+import copy
 
 import pytest
 import torch
 from helpers import assert_bitwise
-from models import tiny_tokens
+from models import tiny_llama, tiny_tokens
 from packed import packed_llama
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
-from lowbit.nn import QuantKVCache, StaticQuantKVCache
+from lowbit.checkpoint import load, save
+from lowbit.errors import InputError
+from lowbit.evaluate.fake_quant import to_fake
+from lowbit.nn import QuantKVCache, StaticQuantKVCache, fuse, set_prefill_kv
 from lowbit.ops.kv_attention import QUERY_CHUNK
 
 WIDTH = 2 * QUERY_CHUNK + 8
@@ -128,3 +135,119 @@ def test_a_second_turn_in_chunks(model, kind):
         outs.append(out)
         assert cache.seq_lens == list(BATCHES["ragged"])
     assert torch.equal(*outs)
+
+
+def in_full(format: str = "w16a16kv4", **sizes):
+    model = packed_llama(format, **sizes)
+    set_prefill_kv(model, "full")
+    return model
+
+
+@torch.no_grad()
+def test_one_forward_in_full_is_the_model_without_quantized_kv():
+    """But for the rotation of q and k, which is undone in their product."""
+    ids, plain = tiny_tokens(2, 80), tiny_llama()
+    got, expected = in_full()(ids).logits, plain(ids).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    assert (packed_llama("w16a16kv4")(ids).logits - expected).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_what_is_stored_of_the_first_layer_is_quantized_as_ever():
+    """And of the others what follows from another attention before them."""
+    ids = tiny_tokens(2, 40)
+    full, quantized = in_full(), packed_llama("w16a16kv4")
+    caches = [m(ids).past_key_values.layers for m in (full, quantized)]
+    assert_bitwise(*(layers[0].pages.tensors for layers in caches))
+    assert not torch.equal(*(layers[1].pages.v_scale for layers in caches))
+
+
+@torch.no_grad()
+def test_decoding_reads_its_token_from_the_page():
+    """One column gives the bits of the model as it is by default, over the same cache."""
+    ids, models = tiny_tokens(2, 40), (packed_llama("w16a16kv4"), in_full())
+    cache = models[0](ids[:, :-1]).past_key_values
+    caches = cache, copy.deepcopy(cache)
+    outs = [m(ids[:, -1:], past_key_values=c) for m, c in zip(models, caches, strict=True)]
+    assert_bitwise(outs[1].logits, outs[0].logits)
+
+
+@pytest.mark.parametrize("kind", [None, "hadamard", "hartley"])
+@pytest.mark.parametrize("format", ["w16a16kv4", "w4a8kv3"])
+@torch.no_grad()
+def test_packed_and_fake_give_the_same_bits(format, kind):
+    """In pieces: each sees itself in full and those before quantized."""
+    packed, ids = in_full(format, kind=kind), tiny_tokens(2, 3 * QUERY_CHUNK)
+    logits = []
+    for model in (packed, to_fake(copy.deepcopy(packed))):
+        cache = DynamicCache()
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(QUERY_CHUNK, 1)]
+        logits.append(torch.cat(parts, 1))
+    assert_bitwise(logits[1], logits[0])
+    set_prefill_kv(packed, "quantized")
+    assert not torch.equal(packed(ids).logits, logits[0])
+
+
+@CACHES
+@pytest.mark.parametrize("name", BATCHES)
+def test_pads_and_pieces_in_full(name, kind):
+    """Rows are as if alone, whatever cache: pads stand for no token."""
+    model = in_full()
+    _, mask = left_padded(name)
+    together = prefill(model, name, 50, new_cache(model, kind))
+    ids, _ = left_padded(name)
+    for row, states in zip(range(len(ids)), together.split(mask.sum(1).tolist()), strict=True):
+        cache, alone = new_cache(model), []
+        for start in range(0, WIDTH, 50):
+            part = ids[row, start : start + 50][mask[row, start : start + 50].bool()]
+            if len(part):
+                # a single token, which decodes: beside another, as in the batch
+                alone.append(model.model(part[None], past_key_values=cache).last_hidden_state[0])
+        torch.testing.assert_close(states, torch.cat(alone), rtol=0, atol=2e-2)
+
+
+@torch.no_grad()
+def test_pads_between_a_rows_tokens():
+    """A second turn of a static cache: its pads stand where older tokens of the row are."""
+    model = in_full()
+    ids, mask = tiny_tokens(2, 20), torch.ones(2, 20, dtype=torch.int64)
+    mask[0, 12:16] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    states = []
+    for kind in (QuantKVCache, StaticQuantKVCache):
+        cache = new_cache(model, kind)
+        for new in (slice(0, 12), slice(12, 20)):
+            out = model.model(
+                ids[:, new],
+                attention_mask=mask[:, : new.stop],
+                position_ids=positions[:, new],
+                past_key_values=cache,
+            )
+        states.append(out.last_hidden_state[mask[:, 12:].bool()])
+    assert_bitwise(*states)
+
+
+@torch.no_grad()
+def test_fused_layers_in_full():
+    model, ids = in_full("w4a4kv4"), tiny_tokens(2, 70)
+    expected = model(ids).logits
+    assert_bitwise(fuse(model)(ids).logits, expected)
+
+
+def test_load(tmp_path):
+    packed, ids = packed_llama("w4a8kv4"), tiny_tokens(2, 30)
+    save(packed, tmp_path / "packed")
+    set_prefill_kv(packed, "full")
+    with torch.no_grad():
+        expected = packed(ids).logits
+        assert_bitwise(load(tmp_path / "packed", prefill_kv="full")(ids).logits, expected)
+        assert not torch.equal(load(tmp_path / "packed")(ids).logits, expected)
+    wrong = "prefill_kv must be one of .'quantized', 'full'., got 'bf16'"
+    with pytest.raises(InputError, match=wrong):
+        load(tmp_path / "nowhere", prefill_kv="bf16")
+    with pytest.raises(InputError, match=wrong):
+        set_prefill_kv(packed, "bf16")
+    float_kv = packed_llama("w4a8")
+    set_prefill_kv(float_kv, "quantized")
+    with pytest.raises(InputError, match="prefill_kv must be 'quantized' for a model without"):
+        set_prefill_kv(float_kv, "full")

@@ -1,7 +1,8 @@
 """The published papers' simulation: quantized numbers as floats in ordinary modules.
 
     linear      codes of the input times codes of the weight, as floats, then both scales
-    attention   softmax(q R . fake_quantize(k R)) fake_quantize(v)
+    attention   softmax(q R . fake_quantize(k R)) fake_quantize(v), k and v of a prompt's own
+                forward as they are where prefill_kv (lowbit/nn/attention.py) is "full"
 
 No packing, no integer arithmetic, no pages: K and V stay in an ordinary cache and are quantized
 when they are read. fp32 throughout, whatever the model's dtype.
@@ -19,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lowbit.errors import InputError
 from lowbit.formats import GROUP_SCALE_MAX, MIN_SCALE, IntFormat, Layout
 from lowbit.integrations import detach
-from lowbit.nn.attention import QuantAttention
+from lowbit.nn.attention import FULL, QuantAttention
 from lowbit.nn.fused import unfuse
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.mlp import QuantMLP
@@ -156,17 +157,21 @@ def fake_attention(
     attention_mask: Tensor | None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention over fake-quantized K and V; q, k, v [B, heads, length, D].
+    """Attention over fake-quantized K and V; q, k, v [B, heads, length, D], of a cache that grows.
 
-    Plain causal calls run the reference's own sums; a mask (padding, chunks) goes through
-    transformers' sdpa, equal to fp32 rounding.
+    Plain causal calls run the reference's own sums; a mask (padding) goes through transformers'
+    sdpa, equal to fp32 rounding.
     """
-    kv, clip, rotation = module.fake_kv
+    kv, clip, rotation, prefill_kv = module.fake_kv
+    new = query.shape[2] if prefill_kv == FULL and query.shape[2] > 1 else 0
+    cached = key.shape[2] - new
     dtype, compute = query.dtype, torch.promote_types(query.dtype, torch.float32)
     query, key, value = (t.to(compute) for t in (query, key, value))
     query = rotate(query, rotation)
-    key = fake_quantize(rotate(key, rotation), kv, clip, torch.float16)
-    value = fake_quantize(value, kv, clip, torch.float16)
+    key, value = (
+        torch.cat((fake_quantize(x[:, :, :cached], kv, clip, torch.float16), x[:, :, cached:]), 2)
+        for x in (rotate(key, rotation), value)
+    )
     if attention_mask is not None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return out.to(dtype), None
@@ -178,7 +183,17 @@ def fake_attention(
     return torch.stack(rows).to(dtype), None
 
 
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+def fake_mask(*, mask_function=causal_mask_function, attention_mask=None, **kwargs):
+    """sdpa_mask; None where the queries, the last of the keys, see all up to themselves."""
+    new, cached, columns = (kwargs.get(name) for name in ("q_length", "q_offset", "kv_length"))
+    is_causal = mask_function is causal_mask_function and not kwargs.get("kv_offset")
+    if is_causal and None not in (new, cached) and cached + new == columns:
+        if attention_mask is None or bool(attention_mask.all()):
+            return None
+    return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+
+
+AttentionMaskInterface.register(IMPLEMENTATION, fake_mask)
 AttentionInterface.register(IMPLEMENTATION, fake_attention)
 
 
@@ -220,5 +235,5 @@ def _ordinary_attention(module: QuantAttention) -> nn.Module:
         part = getattr(module, name)
         if part is not None:
             setattr(attention, name, part)
-    attention.fake_kv = (module.kv, module.clip, module.rotation)
+    attention.fake_kv = (module.kv, module.clip, module.rotation, module.prefill_kv)
     return attention.train(module.training)

@@ -7,7 +7,7 @@ from lowbit.nn.kv_cache import QuantKVCache
 from lowbit.nn.linear import QuantLinear, prepare
 from lowbit.nn.mlp import QuantMLP
 from lowbit.nn.static_cache import StaticQuantKVCache
-from lowbit.nn.swap import set_backend, swap
+from lowbit.nn.swap import set_backend, set_prefill_kv, swap
 
 __all__ = [
     "QuantAttention",
@@ -19,6 +19,7 @@ __all__ = [
     "prepare",
     "set_backend",
     "set_decode",
+    "set_prefill_kv",
     "swap",
     "unfuse",
 ]

@@ -6,6 +6,16 @@
                                      the rotation and quantization of o_proj's input
 
 Pads are neither projected, stored nor attended; the output in their place is 0.
+
+Of its own forward's tokens a query sees, as `prefill_kv` says:
+
+    quantized   what their pages hold, as of all before
+    full        K and V in the model's dtype, as they were before they were quantized. The pages
+                hold what they hold either way, and later forwards see that
+
+`full` is for prefill, a forward of several columns. One column, a step of decoding, reads its token
+from the page: its kernels and its bits stay. The last piece of a prompt in pieces may be such a
+column; the candidates of assisted decoding, several at a time, are prefill.
 """
 
 from typing import NamedTuple
@@ -24,9 +34,11 @@ from lowbit.nn.online_map import OnlineMap
 from lowbit.nn.page_table import Step
 from lowbit.nn.static_cache import NEW_COLUMNS
 from lowbit.ops import KVPages, kv_append, kv_attention, kv_attention_quant
+from lowbit.ops.kv_attention import NewTokens
 from lowbit.transforms.online import OnlineTransform
 
 IMPLEMENTATION = "lowbit"  # config._attn_implementation of a model with QuantAttention
+QUANTIZED, FULL = PREFILL_KV = ("quantized", "full")
 
 
 def padding_mask(
@@ -71,12 +83,16 @@ AttentionInterface.register(IMPLEMENTATION, _not_swapped)
 
 
 class Place(NamedTuple):
-    """Where the tokens of one call go in the cache, and their angles, cos and sin [T, R]."""
+    """Where the tokens of one call go in the cache, and their angles, cos and sin [T, R].
+
+    in_full: they see each other as they are, not what is stored of them.
+    """
 
     step: Step
     pages: KVPages
     cos: Tensor
     sin: Tensor
+    in_full: bool
 
     def rows_of(self, x: Tensor) -> Tensor:
         """x [B, columns, ...] -> [T, ...], without the pads."""
@@ -130,6 +146,7 @@ class QuantAttention(nn.Module):
             setattr(self, name, getattr(attention, name, None))
         check_same_input("attention", *self.projections)
         self.backend: str | None = None
+        self.prefill_kv = QUANTIZED
         self.train(attention.training)
 
     def forward(
@@ -165,24 +182,28 @@ class QuantAttention(nn.Module):
             layer, batch, columns, attention_mask, hidden_states.device, self.num_kv_heads
         )
         cos, sin = (t.expand(batch, -1, -1) for t in position_embeddings)
-        place = Place(step, pages, cos, sin)
+        place = Place(step, pages, cos, sin, self.prefill_kv == FULL and columns > 1)
         return place._replace(cos=place.rows_of(cos), sin=place.rows_of(sin))
 
     def attend(self, x: Tensor | PackedTensor, place: Place) -> Tensor | PackedTensor:
         """What `output` reads for x [T, hidden], or for x quantized for the projections."""
-        step, pages, cos, sin = place
+        step, pages, cos, sin, in_full = place
         q, k, v = self._project(x)
         if not self.has_rope:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         rotate, matrix = self.rotation is not None, None
         if rotate:
             ((_, _, matrix),) = self.rotation.stages(q.device)
-        q = kv_append(
-            q, k, v, cos, sin, step.slot, pages, rotate, matrix, self.clip, backend=self.backend
+        heads = torch.cat((q, k), 1) if in_full else q  # k beside q is rotated, and not quantized
+        heads = kv_append(
+            heads, k, v, cos, sin, step.slot, pages, rotate, matrix, self.clip, backend=self.backend
         )
-        return self._attend(
-            q, pages, step.block_table, step.seq_lens, step.query_start, self.scaling
-        )
+        new = None
+        if in_full:
+            heads, k = (t.contiguous() for t in heads.split((q.shape[1], k.shape[1]), 1))
+            new = NewTokens(k, v.contiguous(), step.cached_lens)
+        attention = (heads, pages, step.block_table, step.seq_lens, step.query_start, self.scaling)
+        return self._attend(*attention, new=new)
 
     @property
     def projections(self) -> list[nn.Module]:
@@ -210,11 +231,11 @@ class QuantAttention(nn.Module):
             q, k = q_norm(q), k_norm(k)
         return q, k, v
 
-    def _attend(self, *attention) -> Tensor | PackedTensor:
+    def _attend(self, *attention, new: NewTokens | None) -> Tensor | PackedTensor:
         """The input of the output linear for the arguments of kv_attention."""
         o_proj = self.output
         if not self._quantizes_for(o_proj, attention[0]):
-            return kv_attention(*attention, backend=self.backend).flatten(1)
+            return kv_attention(*attention, new, backend=self.backend).flatten(1)
         order, inner = 0, 1
         if o_proj.transform is not None:
             order, inner = o_proj.transform.order, o_proj.transform.inner
@@ -226,6 +247,7 @@ class QuantAttention(nn.Module):
             None,
             o_proj.activation_clip,
             o_proj.input_layout,
+            new,
             backend=self.backend,
         )
 

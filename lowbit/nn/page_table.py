@@ -22,6 +22,7 @@ class Step:
     block_table  int32 [B, P]
     seq_lens     int32 [B], tokens of a row, the new ones included
     query_start  int32 [B + 1]
+    cached_lens  int32 [B], tokens of a row without the new ones
     """
 
     tokens: Tensor | None
@@ -29,6 +30,7 @@ class Step:
     block_table: Tensor
     seq_lens: Tensor
     query_start: Tensor
+    cached_lens: Tensor
 
     def to(self, device: torch.device) -> "Step":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -89,6 +91,7 @@ class PageTable:
             block_table=block_table,
             seq_lens=seq_lens.to(torch.int32),
             query_start=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
+            cached_lens=(seq_lens - counts).to(torch.int32),
         )
         self._step = (start, end, step)
         return step

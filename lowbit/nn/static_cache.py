@@ -61,6 +61,7 @@ class StaticTable:
         index = is_token.cumsum(1) - 1 + self.seen[:, None]  # of a pad: that of the token before
         page = self.block_table.long().gather(1, index.clamp(min=0) // self.page_size)
         slot = page * self.page_size + index % self.page_size
+        cached_lens = self.seen.to(torch.int32)
         self.seen.add_(is_token.sum(1))
         self.columns.add_(columns)
         return Step(
@@ -69,6 +70,7 @@ class StaticTable:
             block_table=self.block_table,
             seq_lens=self.seen.to(torch.int32),
             query_start=torch.arange(batch + 1, dtype=torch.int32, device=device) * columns,
+            cached_lens=cached_lens,
         )
 
     def _check_room(self, is_token: Tensor):

@@ -11,7 +11,7 @@ from lowbit.config import LowbitConfig
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat
 from lowbit.models.spaces import Adapter
-from lowbit.nn.attention import IMPLEMENTATION, QuantAttention
+from lowbit.nn.attention import IMPLEMENTATION, PREFILL_KV, QUANTIZED, QuantAttention
 from lowbit.nn.kv_cache import QuantKVCache
 from lowbit.nn.linear import QuantLinear, frozen, prepare
 from lowbit.nn.mlp import QuantMLP
@@ -140,6 +140,24 @@ def set_backend(model: nn.Module, backend: str | None):
         if isinstance(module, (QuantLinear, QuantMLP, QuantAttention)):
             module.backend = backend
     prepare(model)
+
+
+def check_prefill_kv(prefill_kv: str):
+    if prefill_kv not in PREFILL_KV:
+        raise InputError(f"prefill_kv must be one of {PREFILL_KV}, got {prefill_kv!r}")
+
+
+def set_prefill_kv(model: nn.Module, prefill_kv: str):
+    """What queries of prefill see of their own forward's tokens: lowbit/nn/attention.py."""
+    check_prefill_kv(prefill_kv)
+    attentions = [m for m in model.modules() if isinstance(m, QuantAttention)]
+    if not attentions and prefill_kv != QUANTIZED:
+        raise InputError(
+            f"prefill_kv must be {QUANTIZED!r} for a model without a quantized KV cache, "
+            f"got {prefill_kv!r}"
+        )
+    for attention in attentions:
+        attention.prefill_kv = prefill_kv
 
 
 def use_quant_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
