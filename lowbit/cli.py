@@ -24,6 +24,7 @@ from lowbit.evaluate.perplexity import WINDOW
 from lowbit.evaluate.zero_shot import AUTO, GROUPS
 from lowbit.interop.export import WRITERS
 from lowbit.models.source import PACKAGED
+from lowbit.nn.attention import PREFILL_KV, QUANTIZED
 from lowbit.nn.decode import DECODE_ROWS
 from lowbit.ops.dispatch import BACKENDS, NoBackendError
 from lowbit.recipes import RECIPES
@@ -90,6 +91,7 @@ def parser() -> Parser:
     )
     p.add_argument("--fake", action="store_true", help="simulate in floating point, do not pack")
     _run_options(p)
+    _prefill_options(p)
     _model_options(p)
 
     p = command("generate", commands.run_generate, "Continue a prompt.")
@@ -100,6 +102,7 @@ def parser() -> Parser:
     p.add_argument("--seed", type=int, default=0, help="of sampling")
     p.add_argument("--chat", action="store_true", help="the prompt is a user's turn in a chat")
     _run_options(p)
+    _prefill_options(p)
     _model_options(p)
 
     p = command("serve", commands.run_serve, "An OpenAI-compatible server: `transformers serve`.")
@@ -166,6 +169,7 @@ def parser() -> Parser:
     p.add_argument("--block", type=int, metavar="N", help="to draw (default: the middle one)")
     p.add_argument("--speed", action="store_true", help="measure it here, of one prompt")
     _text_options(p, "none measured now")
+    p.set_defaults(prefill_kv=QUANTIZED, prefill_chunk=None)  # as measured_on wants to know
     p.add_argument("--words", action="store_true", help="and lm-eval's word perplexity")
     _run_options(p)
     _model_options(p)
@@ -223,6 +227,22 @@ def _run_options(p: Parser):
         type=int,
         metavar="N",
         help=f"how few: tokens of a forward, all sequences together (default: {DECODE_ROWS})",
+    )
+
+
+def _prefill_options(p: Parser):
+    p.add_argument(
+        "--prefill-kv",
+        choices=PREFILL_KV,
+        default=QUANTIZED,
+        help="what tokens of a prompt see of each other: quantized (default), what the cache holds "
+        "of them, or full, K and V in the model's dtype",
+    )
+    p.add_argument(
+        "--prefill-chunk",
+        type=int,
+        metavar="N",
+        help="so many tokens at a time, over the cache of those before (default: all at once)",
     )
 
 

@@ -14,6 +14,7 @@ from transformers.utils import import_utils
 from lowbit import checkpoint, doctor, parallel
 from lowbit.errors import InputError
 from lowbit.evaluate import plot, published
+from lowbit.evaluate.perplexity import check_prefill_chunk
 from lowbit.evaluate.size import Size, folder_bytes, size_of
 from lowbit.evaluate.text import manual_text, read_text, tokenize
 from lowbit.files import check_target
@@ -21,6 +22,7 @@ from lowbit.formats import QuantFormat
 from lowbit.interop.export import export
 from lowbit.models.source import load_source, open_source, quant_method, resolve
 from lowbit.models.stored import StoredModel
+from lowbit.nn import set_prefill_kv
 from lowbit.quantize import quantize
 from lowbit.recipes import (
     RECIPES,
@@ -168,7 +170,13 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> torch.Tensor:
 
 
 def generate_text(
-    model, tokenizer, prompt: str, max_new_tokens: int, temperature: float = 0.0, chat: bool = False
+    model,
+    tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    chat: bool = False,
+    prefill_chunk: int | None = None,
 ) -> tuple[str, int]:
     """(completion, number of new tokens); temperature 0 takes the most likely token each time."""
     if max_new_tokens < 1 or temperature < 0:
@@ -176,6 +184,7 @@ def generate_text(
             "max_new_tokens must be at least 1 and temperature at least 0, got "
             f"{max_new_tokens} and {temperature}"
         )
+    check_prefill_chunk(prefill_chunk)
     ids = prompt_ids(tokenizer, prompt, chat).to(model.device)
     room = model.config.max_position_embeddings - max_new_tokens
     if ids.shape[1] > room:
@@ -191,6 +200,7 @@ def generate_text(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         pad_token_id=tokenizer.eos_token_id,
+        prefill_chunk_size=prefill_chunk,
         streamer=TokenBar(max_new_tokens),
         **sampling,
     )
@@ -216,10 +226,17 @@ def run_export(args) -> Result:
 
 def run_generate(args) -> Result:
     model, tokenizer = open_model(args, tensor_parallel=True)
+    set_prefill_kv(model, args.prefill_kv)
     torch.manual_seed(args.seed)  # the same in each process that has a share of the model
     start = time.perf_counter()
     completion, new_tokens = generate_text(
-        model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.chat
+        model,
+        tokenizer,
+        args.prompt,
+        args.max_new_tokens,
+        args.temperature,
+        args.chat,
+        args.prefill_chunk,
     )
     result = {
         "model": args.model,

@@ -20,13 +20,15 @@ from lowbit.evaluate.fake_quant import to_fake
 from lowbit.evaluate.ledger import Ledger
 from lowbit.evaluate.lines import Lines
 from lowbit.evaluate.named_text import MANUAL, MANUAL_WORD, Text, open_text
-from lowbit.evaluate.perplexity import perplexity
+from lowbit.evaluate.perplexity import check_prefill_chunk, perplexity
 from lowbit.evaluate.published_rows import CHECKPOINTS, PublishedRow, chosen, model_of, rows_of
 from lowbit.evaluate.rows import Row
 from lowbit.evaluate.text import manual_text, read_text, tokenize
 from lowbit.evaluate.word_perplexity import word_perplexity
 from lowbit.formats import QuantFormat
 from lowbit.models.source import load_source, open_source, quant_method
+from lowbit.nn import set_prefill_kv
+from lowbit.nn.attention import QUANTIZED
 from lowbit.progress import fingerprint
 from lowbit.quantize import quantize, sample_windows
 from lowbit.recipes import Calibration, overridden_where_known, recipe_named
@@ -41,6 +43,9 @@ IDENTITY_NUMBERS = 4096  # of each tensor, to tell one model from another
 
 def run_eval(args) -> Result:
     manager = asked = None
+    check_prefill_chunk(args.prefill_chunk)
+    if args.tasks and args.prefill_chunk:
+        raise InputError("--prefill-chunk is of texts, and must not be given with --tasks")
     if args.tasks:  # what can be wrong with the input is said before the model is loaded
         manager = zero_shot.task_manager(args.tasks, args.task_path)
         asked = zero_shot.asked_for(args.tasks, manager)
@@ -48,6 +53,7 @@ def run_eval(args) -> Result:
     texts = [open_text(name) for name in names]
     model, tokenizer = open_model(args)
     config = getattr(model, "lowbit_config", None)
+    set_prefill_kv(model, args.prefill_kv)
     kind = "full precision" if config is None else "packed"
     if args.fake:
         if config is None:
@@ -60,6 +66,7 @@ def run_eval(args) -> Result:
         "format": config and config.format.name,
         "backend": args.backend,
         "decode": args.decode and model.lowbit_decode._asdict(),
+        "prefill": prefill_of(args),
         "texts": [],
     }
     lines, of = results_of(args), {"model": identity_of(model), **conditions_of(args, model, kind)}
@@ -67,6 +74,7 @@ def run_eval(args) -> Result:
         result["texts"].append(measured_on(model, tokenizer, text, kind, args))
         lines.append({"of": of, **result["texts"][-1]})
     name = f"{kind} {config.recipe} {config.format}" if config else kind
+    name += f", {prefill_of(args)}" if prefill_of(args) else ""
     people = [_text_line(found, name, model) for found in result["texts"]]
     if asked:
         batch = zero_shot.batch_size_of(args.batch_size, model.device)
@@ -96,7 +104,9 @@ def identity_of(model) -> str:
 
 def conditions_of(args, model, kind: str) -> dict[str, str]:
     """What else the numbers depend on."""
+    prefill = prefill_of(args)
     conditions = {
+        **({"prefill": prefill} if prefill else {}),
         "kind": kind,
         "backend": str(args.backend),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -106,12 +116,19 @@ def conditions_of(args, model, kind: str) -> dict[str, str]:
     return conditions | ({"decode": str(model.lowbit_decode)} if args.decode else {})
 
 
+def prefill_of(args) -> str:
+    """How prompts were taken, where it was not all at once with quantized KV."""
+    how = ["full KV"] if args.prefill_kv != QUANTIZED else []
+    how += [f"{args.prefill_chunk} tokens at a time"] if args.prefill_chunk else []
+    return ", ".join(how)
+
+
 def measured_on(model, tokenizer, text: Text, kind: str, args) -> dict:
     """Of one text, as it stands in the results and in --json."""
     start = time.perf_counter()
     label = kind if len(args.text or ()) < 2 else f"{kind} {text.name}"
     tokens = text.tokens(tokenizer, args.window)
-    found = perplexity(model, tokens, args.window, args.limit, progress=label)
+    found = perplexity(model, tokens, args.window, args.limit, label, args.prefill_chunk)
     measured = {
         "text": text.name,
         "window": found.window,
@@ -122,7 +139,9 @@ def measured_on(model, tokenizer, text: Text, kind: str, args) -> dict:
         "window_nll": found.window_nll,
     }
     if args.words:
-        whole = word_perplexity(model, tokenizer, text.text, args.window, f"{label} words")
+        whole = word_perplexity(
+            model, tokenizer, text.text, args.window, f"{label} words", args.prefill_chunk
+        )
         measured["word_perplexity"] = whole
     return measured | {"seconds": time.perf_counter() - start}
 

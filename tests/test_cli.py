@@ -120,6 +120,31 @@ def test_windows_of_few_rows_are_not_quantized(capsys, packed, source, text):
     assert json.loads(last)["of"]["decode"] == f"w4a16 up to {WINDOW - 1} rows"
 
 
+def test_prefill_options(capsys, tmp_path, packed, text):
+    """Both change the numbers, packed and simulated alike, and both stand in the results."""
+    folder, pieces, full = tmp_path / "packed", ("--prefill-chunk", 16), ("--prefill-kv", "full")
+    shutil.copytree(packed, folder)
+    found = []
+    for args in ((), pieces, full, (*pieces, *full), (*pieces, *full, "--fake")):
+        command = ("eval", folder, *args, "--text", text, *WINDOWS)
+        code, out, err = in_process(capsys, *command, "--json")
+        assert code == 0, err
+        found.append((json.loads(out)["prefill"], json.loads(out)["texts"][0]["perplexity"]))
+    how = ["", "16 tokens at a time", "full KV", "full KV, 16 tokens at a time"]
+    assert [prefill for prefill, _ in found] == [*how, how[-1]]
+    plain, in_pieces, in_full, both, fake = (perplexity for _, perplexity in found)
+    assert in_pieces == pytest.approx(plain, rel=1e-3)
+    assert fake == pytest.approx(both, rel=1e-3)
+    assert len({plain, in_full, both}) == 3
+    lines = (folder / "evaluation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["of"].get("prefill", "") for line in lines[-5:]] == [*how, how[-1]]
+    assert in_process(capsys, "report", folder)[0] == 0
+    page = (folder / "report.md").read_text()
+    assert all(f"float32 on cpu, {name} |" in page for name in how[1:])
+    args = ("generate", folder, "Once", "--max-new-tokens", 2, *full, "--prefill-chunk", 3)
+    assert in_process(capsys, *args)[0] == 0
+
+
 def test_generate_is_deterministic_and_counts(capsys, packed):
     args = ("generate", packed, "Once upon", "--max-new-tokens", 4, "--json")
     first, second = (json.loads(in_process(capsys, *args)[1]) for _ in range(2))
@@ -242,6 +267,10 @@ MISTAKES = {
     "decode": (["eval", "P", "--decode", "w8a16"], ["decode must be 'w4a16'", "got 'w8a16'"]),
     "decode rows": (["generate", "P", "x", "--decode-rows", "4"], ["needs decode", "got 4 alone"]),
     "decode, full": (["eval", "S", "--decode", "w4a16"], ["--decode needs a packed model"]),
+    "prefill": (["eval", "P", "--prefill-kv", "bf16"], ["argument --prefill-kv", "'bf16'"]),
+    "full": (["generate", "S", "Hi", "--prefill-kv", "full"], ["prefill_kv must be 'quantized'"]),
+    "chunk": (["eval", "P", "--prefill-chunk", "0"], ["prefill_chunk must be", "got 0"]),
+    "pieces": (["eval", "P", "--prefill-chunk", "8", "--tasks", "piqa"], ["of texts", "--tasks"]),
     "backend": (
         ["eval", "P", "--text", "T", *WINDOWS, "--backend", "cuda"],
         ["backend 'cuda' was asked for and cannot run this call", "cuda: the "],

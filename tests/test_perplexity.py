@@ -56,6 +56,18 @@ def test_equals_transformers_own_loss(window):
     assert got.tokens == 3 * (window - 1)
 
 
+@pytest.mark.parametrize("chunk", [1, 64, 80])
+def test_windows_in_pieces(chunk):
+    model, tokens = tiny_llama(), ids(160)
+    expected = perplexity(model, tokens, 80).window_nll
+    for capping in (None, 30.0):  # hidden states, or the whole forward
+        model.config.final_logit_softcapping = capping
+        got = perplexity(model, tokens, 80, prefill_chunk=chunk).window_nll
+        assert got == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(InputError, match="prefill_chunk must be at least 1 token, got 0"):
+        perplexity(model, tokens, 80, prefill_chunk=0)
+
+
 def test_a_uniform_model_has_the_vocabulary_as_perplexity():
     model = tiny_llama()
     model.lm_head.weight.data.zero_()

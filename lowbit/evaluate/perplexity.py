@@ -1,11 +1,12 @@
 """Perplexity over non-overlapping windows, the protocol of the GPTQ tables.
 
 The tokens of a whole text are cut into windows of W; the remainder is dropped. Every window is one
-forward without cache or history, and predicts its own tokens 1 .. W-1:
+forward without history, and predicts its own tokens 1 .. W-1:
 
     nll[i]     = mean over t of -log p(token[t+1] | token[0..t])     of window i
     perplexity = exp(mean over i of nll[i])
 
+With prefill_chunk a window is computed so many tokens at a time, over the cache of those before.
 Its level depends on which windows are taken: compare only results on the same ones, and read
 differences against paired_standard_error.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from lowbit.errors import InputError
 from lowbit.evaluate.text import check_token_ids
@@ -67,6 +69,7 @@ def perplexity(
     window: int = WINDOW,
     limit: int | None = None,
     progress: str | None = None,
+    prefill_chunk: int | None = None,
 ) -> Perplexity:
     """Perplexity of a transformers causal LM; `progress` labels a bar on stderr (None: no bar)."""
     rows = windows(token_ids, window, limit)
@@ -75,7 +78,8 @@ def perplexity(
     found = []
     with tqdm(rows, desc=progress, unit="window", disable=progress is None) as bar:
         for row in bar:
-            found.append(nll(model, row, row[1:]) / (len(row) - 1))
+            total = nll(model, row, row[1:], prefill_chunk=prefill_chunk)
+            found.append(total / (len(row) - 1))
             bar.set_postfix(ppl=f"{_exp_mean(found):.3f}")
     return Perplexity(_exp_mean(found), found, window, len(rows) * (window - 1))
 
@@ -90,14 +94,22 @@ def paired_standard_error(a: Perplexity, b: Perplexity) -> float:
     return _standard_error([x - y for x, y in zip(a.window_nll, b.window_nll, strict=True)])
 
 
-def nll(model, tokens: Tensor, targets: Tensor, start: int = 0) -> float:
-    """Sum of -log p(targets[i] | tokens[: start + i + 1]) over all i; one forward of tokens [n]."""
+def nll(
+    model, tokens: Tensor, targets: Tensor, start: int = 0, prefill_chunk: int | None = None
+) -> float:
+    """Sum of -log p(targets[i] | tokens[: start + i + 1]) over all i; one forward of tokens [n], or
+    one for each prefill_chunk of them."""
+    check_prefill_chunk(prefill_chunk)
     if any(getattr(model.config, name, None) is not None for name in LOGIT_MAPS):
-        logits = model(tokens[None], use_cache=False).logits[0]
-        head = torch.nn.Identity()
+        run, output, head = model, "logits", torch.nn.Identity()
     else:
-        logits = model.base_model(tokens[None], use_cache=False).last_hidden_state[0]
-        head = model.get_output_embeddings()
+        run, output, head = model.base_model, "last_hidden_state", model.get_output_embeddings()
+    cache = {"use_cache": False}
+    if prefill_chunk is not None:
+        cache = {"past_key_values": DynamicCache(config=model.config)}
+    pieces = tokens[None].split(prefill_chunk or len(tokens), 1)
+    found = [run(piece, **cache)[output][0] for piece in pieces]
+    logits = found[0] if len(found) == 1 else torch.cat(found)
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     logits = logits[start : start + len(targets)]
     chunks = zip(logits.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True)
@@ -105,6 +117,11 @@ def nll(model, tokens: Tensor, targets: Tensor, start: int = 0) -> float:
         loss = F.cross_entropy(head(chunk).float(), target, reduction="none")
         total += loss.double().sum()  # fp64: the sum does not depend on the chunk size
     return total.item()
+
+
+def check_prefill_chunk(prefill_chunk: int | None):
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise InputError(f"prefill_chunk must be at least 1 token, got {prefill_chunk}")
 
 
 def _exp_mean(nlls: list[float]) -> float:

@@ -171,8 +171,8 @@ def _at_first(block: dict) -> float | None:
 
 def _as(of: dict[str, str]) -> str:
     backend = "" if of["backend"] == "None" else f", {of['backend']}"
-    decode = f", {of['decode']}" if "decode" in of else ""
-    return f"{of['dtype']} on {of['device']}{backend}{decode}"
+    how = "".join(f", {of[name]}" for name in ("decode", "prefill") if name in of)
+    return f"{of['dtype']} on {of['device']}{backend}{how}"
 
 
 def _metrics(metrics: dict[str, float]) -> str:

@@ -34,9 +34,14 @@ def rolling(tokens: Tensor, first: int, window: int = WINDOW) -> Iterator[tuple[
 
 @torch.inference_mode()
 def word_perplexity(
-    model, tokenizer, text: str, window: int = WINDOW, progress: str | None = None
+    model,
+    tokenizer,
+    text: str,
+    window: int = WINDOW,
+    progress: str | None = None,
+    prefill_chunk: int | None = None,
 ) -> float:
-    """Of a transformers causal LM on a text taken as one; `progress` as of perplexity()."""
+    """Of a transformers causal LM on a text taken as one; the last two as of perplexity()."""
     if window < 1:
         raise InputError(f"window must be at least 1 token, got {window}")
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
@@ -49,6 +54,7 @@ def word_perplexity(
     total = 0.0
     for inputs, targets in tqdm(pairs, progress, unit="window", disable=progress is None):
         start = len(inputs) - len(targets)
-        total += nll(model, inputs.to(model.device), targets.to(model.device), start)
+        inputs, targets = inputs.to(model.device), targets.to(model.device)
+        total += nll(model, inputs, targets, start, prefill_chunk)
     mean = total / words
     return math.inf if mean > 700 else math.exp(mean)  # exp overflows; nan stays nan
