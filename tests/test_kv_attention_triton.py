@@ -90,6 +90,7 @@ def test_inline_assembly_on_every_word(dtype, bits):
         ({"bits": 3}, "packed in 2, 4 or 8 bits, bits is 3"),
         ({"bits": 8, "D": 258}, "a head_dim up to 256 .* got 258 of 8 bits"),
         ({"bits": 4, "D": 2}, "whole 16-bit words, got 2 of 4 bits"),
+        ({"D": 256, "new": True}, "takes k_new of fp32 in a head_dim up to 128 .*, got 256"),
     ],
 )
 def test_reasons(given, reason):

@@ -500,7 +500,7 @@ def _kv_attention(
     q: str, head_dim: int, bits: int, heads: int, queries: float, new: bool = False
 ) -> Config:
     words, split = head_words(head_dim, bits), queries == 1
-    t = attention_tile(q == "fp32", heads * queries, head_dim, words)
+    t = attention_tile(q == "fp32", heads * queries, head_dim, words, new)
     parts = {"row_max": "*fp32", "row_sum": "*fp32"}
     given = {"k_new": f"*{q}", "v_new": f"*{q}", "cached_lens": "*i32"}
     return Config(
@@ -549,6 +549,7 @@ _KV_CALLS = (  # head_dim, bits, query heads of a KV head, queries of a sequence
     ("fp32", 128, 4, 4, ANY), ("fp32", 256, 8, 4, ANY),
     ("bf16", 64, 4, 3, ANY, True), ("fp16", 80, 8, 1, ANY, True), ("fp16", 128, 4, 4, ANY, True),
     ("bf16", 128, 2, 4, 1, True), ("bf16", 256, 8, 4, ANY, True), ("fp32", 128, 4, 4, ANY, True),
+    ("fp32", 64, 8, 3, ANY, True),
 )
 # fmt: on
 KV_ATTENTION = tuple(_kv_attention(*call) for call in _KV_CALLS) + tuple(

@@ -458,7 +458,7 @@ def kv_attention(
     bits = IntFormat(bits).storage_bits
     words = head_words(head_dim, bits)
     rows = heads * T / B  # of a sequence, on average
-    tile = attention_tile(q.dtype == torch.float32, rows, head_dim, words)
+    tile = attention_tile(q.dtype == torch.float32, rows, head_dim, words, k_new is not None)
     one_query = T <= B and heads <= tile.BLOCK_M  # a query and a tile, if all sequences have one
     tile_rows = heads if one_query else tile.BLOCK_M
     count = T if one_query else T * heads // tile_rows + B + 1

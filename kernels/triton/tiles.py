@@ -7,7 +7,7 @@ benchmarks/tune.py, which says in `measured` on what it was fastest: GPU, day, c
 
 import csv
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 ANY = float("inf")
@@ -124,9 +124,15 @@ def head_words(head_dim: int, storage_bits: int) -> int:
     return max(1 << (head_dim * storage_bits // 16 - 1).bit_length(), 16)
 
 
-def attention_tile(is_fp32: bool, rows: float, head_dim: int, words: int) -> AttentionTile:
-    return next(
+def attention_tile(
+    is_fp32: bool, rows: float, head_dim: int, words: int, has_new: bool = False
+) -> AttentionTile:
+    """has_new: k_new and v_new are given."""
+    tile = next(
         t
         for t in (KV_ATTENTION_FP32_TILES if is_fp32 else KV_ATTENTION_TILES)
         if rows <= t.max_rows and head_dim <= t.max_head_dim and words <= t.max_words
     )
+    if is_fp32 and has_new:  # rows of fp32 K and V spill with 4 warps
+        tile = replace(tile, num_warps=max(tile.num_warps, 8))
+    return tile

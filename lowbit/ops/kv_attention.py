@@ -43,7 +43,7 @@ from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.kv_append import KVPages, check_cache
 from lowbit.ops.quantize import DEQUANTIZE, compute_dtype
 
-LARGEST_TRITON_HEAD = 256
+LARGEST_TRITON_HEAD, LARGEST_TRITON_NEW_FP32 = 256, 128
 LARGEST_CUDA_HEAD, CUDA_HEAD_STEP = 256, 16
 QUERY_CHUNK = 64  # queries of one softmax: scores stay in the CPU's cache, and small at any length
 
@@ -210,6 +210,11 @@ def _why_not_triton(*args) -> str | None:
         return (
             f"the Triton kernel takes a head_dim up to {LARGEST_TRITON_HEAD} whose codes are whole "
             f"16-bit words, got {head_dim} of {bits} bits"
+        )
+    if tensors[10] is not None and q.dtype == torch.float32 and head_dim > LARGEST_TRITON_NEW_FP32:
+        return (
+            f"the Triton kernel takes k_new of fp32 in a head_dim up to {LARGEST_TRITON_NEW_FP32} "
+            f"(registers), got {head_dim}"
         )
     return why_not_triton(*tensors)
 
