@@ -75,7 +75,7 @@ def run_eval(args) -> Result:
         lines.append({"of": of, **result["texts"][-1]})
     name = f"{kind} {config.recipe} {config.format}" if config else kind
     name += f", {prefill_of(args)}" if prefill_of(args) else ""
-    people = [_text_line(found, name, model) for found in result["texts"]]
+    people = [_text_line(found, name, model, args.prefill_chunk) for found in result["texts"]]
     if asked:
         batch = zero_shot.batch_size_of(args.batch_size, model.device)
         found = zero_shot.evaluate(model, tokenizer, asked, manager, batch, args.items, lines, of)
@@ -146,10 +146,11 @@ def measured_on(model, tokenizer, text: Text, kind: str, args) -> dict:
     return measured | {"seconds": time.perf_counter() - start}
 
 
-def _text_line(found: dict, name: str, model) -> str:
+def _text_line(found: dict, name: str, model, prefill_chunk: int | None) -> str:
     words, decode = found.get("word_perplexity"), getattr(model, "lowbit_decode", None)
-    if decode is not None:  # a window is a forward
-        name += f", {decode}" + ("" if found["window"] <= decode.rows else ": not these windows")
+    if decode is not None:
+        forward = min(found["window"], prefill_chunk or found["window"])
+        name += f", {decode}" + ("" if forward <= decode.rows else ": not these windows")
     return (
         f"perplexity {found['perplexity']:.4f} +- {found['standard_error']:.4f}   ({name}; "
         f"{found['windows']} windows of {found['window']} tokens of {found['text']})"

@@ -118,6 +118,9 @@ def test_windows_of_few_rows_are_not_quantized(capsys, packed, source, text):
         assert code == 0 and note.format(rows) in out
     last = (packed / "evaluation.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["of"]["decode"] == f"w4a16 up to {WINDOW - 1} rows"
+    args = (packed, *decode, 4, "--prefill-chunk", 4, "--text", text, *WINDOWS)
+    code, out, _ = in_process(capsys, "eval", *args)  # of longer windows, so many at a time
+    assert code == 0 and "w4a16 up to 4 rows; 3" in out
 
 
 def test_prefill_options(capsys, tmp_path, packed, text):
