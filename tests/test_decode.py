@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from helpers import assert_bitwise
-from models import tiny_llama, tiny_tokens
+from models import tiny_config, tiny_llama, tiny_model, tiny_tokens
 from packed import DECODING_FLOAT, launches_of, pack_weight, packed_llama, pretend_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MixtralConfig
 
 import lowbit
 from lowbit.errors import InputError
@@ -253,6 +254,13 @@ def test_refused(format, decode, rows, message):
         set_decode(model, decode, rows)
     assert model.lowbit_decode is None
     assert {m.decode_rows for m in model.modules() if isinstance(m, QuantLinear)} == {0}
+
+
+def test_experts_are_refused():
+    config = tiny_config(MixtralConfig, num_local_experts=4, sliding_window=None)
+    model = lowbit.quantize(tiny_model(config), "rtn", "w4a4", progress=False)
+    with pytest.raises(InputError, match="None for a model of experts, .* got 'w4a16'"):
+        set_decode(model, "w4a16")
 
 
 def test_a_simulation_is_refused():
