@@ -7,7 +7,7 @@ What mixes channels in front of a row-parallel linear must not reach from one ra
 model is quantized for a number of ranks (Recipe.tensor_parallel): rotations that run online there
 are block-diagonal, one block a rank, and each rank's slice of the input has a scale of its own a
 token (lowbit/nn/slices.py). That takes no exchange of largest values, and errs less than one
-scale for all (docs/notes/0012). Any number of processes that divides it runs the model, one
+scale for all (docs/notes/0014). Any number of processes that divides it runs the model, one
 included, and all compute the same.
 
 A rank reads its share of each tensor and no more (`parts_of`), then its modules take the sizes of
