@@ -25,7 +25,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of quantizing; peak_bytes None where it cannot be measured."""
+    """Of quantizing. seconds: on a CPU of all its threads together, so that it does not depend on
+    what else runs there; on a GPU of the clock. peak_bytes None where it cannot be measured."""
 
     seconds: float
     peak_bytes: int | None
