@@ -105,9 +105,12 @@ def identity_of(model) -> str:
 def conditions_of(args, model, kind: str) -> dict[str, str]:
     """What else the numbers depend on."""
     prefill = prefill_of(args)
+    config = getattr(model, "lowbit_config", None)
     conditions = {
         **({"prefill": prefill} if prefill else {}),
         "kind": kind,
+        # Of the same weights, and of the cache alone, there may be several.
+        "format": str(config and config.format),
         "backend": str(args.backend),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
