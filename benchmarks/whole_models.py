@@ -147,8 +147,11 @@ class Contender:
         return sum(p.nbytes for p in self.model.parameters())
 
     def prefill(self, batch: int, tokens: int) -> Call:
-        """Of prompts, to the logits of their last tokens. Compiled, transformers keeps no cache: a
-        mask for one of fixed size costs it more than the cache is worth."""
+        """Of prompts, to the logits of their last tokens.
+
+        Compiled, transformers keeps no cache, which is in its favour: it stores nothing, and its
+        attention needs no mask for a cache of fixed size.
+        """
         ids = self._random_ids(batch, tokens)
         if self.kv is None and self.is_static:
             return Call(lambda: self.forward(ids, use_cache=False, logits_to_keep=1), 0)

@@ -100,7 +100,8 @@ def __getattr__(name: str):
 
 def overlap_launches(enabled: bool):
     """Programmatic dependent launch of the kernels: each is scheduled while the one before it ends,
-    so that their gaps close. Off at first; bits do not change; sm_90 and later, elsewhere nothing.
+    which is meant to close the gaps between them: not measured, so off at first. Bits do not
+    change. sm_90 and later, elsewhere nothing.
 
     RuntimeError where the library cannot be loaded.
     """

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import tiny_config, tiny_model, tiny_tokens
 from packed import packed_llama
-from transformers import GenerationConfig, MistralConfig
+from transformers import GenerationConfig, MistralConfig, MixtralConfig
 
 import lowbit
 from lowbit.errors import InputError
@@ -146,6 +146,9 @@ def test_models_that_have_none(monkeypatch, model):
     window = tiny_config(MistralConfig, sliding_window=64)
     window = lowbit.quantize(tiny_model(window), "rtn", "w8a8kv8", progress=False)
     assert not wants_graphs(window, None, {})
+    experts = tiny_model(tiny_config(MixtralConfig, num_local_experts=4, sliding_window=None))
+    experts = lowbit.quantize(experts, "rtn", "w8a8kv8", progress=False)
+    assert not wants_graphs(experts, None, {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(window, tiny_tokens(1, 5))

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lowbit.errors import InputError
+from lowbit.models import adapter_for
 from lowbit.nn.attention import QuantAttention
 from lowbit.nn.static_cache import StaticQuantKVCache
 
@@ -37,7 +38,7 @@ def wants_graphs(model: PreTrainedModel, config: GenerationConfig | None, option
     one GPU, with quantized KV, where the caller has chosen nothing else.
 
     Pads behind a row's tokens and a sliding window want the cache that grows: how far a row reaches
-    in one of fixed size only the device knows.
+    in one of fixed size only the device knows. Which experts have tokens, the host has to know.
     """
     config = config or model.generation_config
     chosen = {name: options.get(name, getattr(config, name, None)) for name in CHOICES + OF_CALLS}
@@ -50,6 +51,7 @@ def wants_graphs(model: PreTrainedModel, config: GenerationConfig | None, option
         and len({p.device for p in model.parameters()}) == 1
         and bool(attentions)
         and all(attention.window is None for attention in attentions)
+        and not adapter_for(model.config).experts
         and _pads_in_front(options.get("attention_mask"))
     )
 
