@@ -43,7 +43,7 @@ def attention_case(device, model: Model, bits: int, batch: int, queries: int, co
         start = torch.arange(0, T + 1, queries, dtype=torch.int32, device=device)
         scaling = 1.0 if exact else D**-0.5
         tables = table.to(torch.int32), seq_lens, start
-        return q, *cache, *tables, *NONE_NEW, bits, scaling
+        return q, *cache, *tables, *NONE_NEW, bits, scaling, 0
 
     # of n new tokens, the i-th sees context - n + i; two matrix products
     seen = batch * (queries * context - queries * (queries - 1) // 2)

@@ -52,15 +52,16 @@ __global__ void __launch_bounds__(kCombineThreads) kv_attention_combine_kernel(A
   wait_for_earlier_kernels();
   const int num_q_heads = a.num_kv_heads * a.heads, rows = a.T * num_q_heads;
   const int row = blockIdx.x;
-  const kv::RowSplits splits{a.row_max + row, a.row_sum + row, rows,
-                             kv::splits_seen(a, row / num_q_heads)};
+  const kv::SplitRange seen = kv::splits_seen(a, row / num_q_heads);
+  const int64_t first = seen.first * int64_t{rows} + row;
+  const kv::RowSplits splits{a.row_max + first, a.row_sum + first, rows, seen.used};
   const float top = splits.top(), inverse = splits.inverse(top);
 #pragma unroll 1
   for (int d = threadIdx.x; d < a.head_dim; d += kCombineThreads) {
     float y = 0.0f;
 #pragma unroll 4
     for (int split = 0; split < splits.used; ++split) {
-      const int64_t at = split * int64_t{rows} + row;
+      const int64_t at = first + split * int64_t{rows};
       y = kv::add_split(y, a.partial[at * a.head_dim + d], splits.weight(split, top));
     }
     a.out[int64_t{row} * a.head_dim + d] = kv::narrow(y * inverse, a.is_bf16);
@@ -88,7 +89,9 @@ struct Plan {
 };
 
 Plan plan_for(int64_t T, int64_t B, int64_t heads, int64_t num_kv_heads, int64_t longest,
-              bool has_new, int num_sms) {
+              int64_t window, bool has_new, int num_sms) {
+  // What any sequence's queries see: no more than T of them are of one, and it may begin early.
+  longest = std::min(longest, window + T + kv::kTokens);
   Plan plan;
   plan.has_new = has_new;
   plan.is_decode = !has_new && T * heads <= kManyRows * std::max<int64_t>(B, 1);
@@ -173,6 +176,8 @@ Arguments arguments_of(const Call& c, int device) {
   a.page_size = static_cast<int>(page_size), a.num_kv_heads = static_cast<int>(num_kv_heads);
   a.heads = static_cast<int>(num_q_heads / num_kv_heads), a.head_dim = static_cast<int>(D);
   a.is_bf16 = is_bf16;
+  a.window =
+      static_cast<int>(c.window ? std::min<int64_t>(c.window, kv::kNoWindow) : kv::kNoWindow);
   a.factor = static_cast<float>(std::abs(c.scaling) * kLog2E);
   a.k_factor = c.scaling < 0 ? -kv::kInverseCodeUnit : kv::kInverseCodeUnit;
   return a;
@@ -195,11 +200,11 @@ Tensor kv_attention(const Tensor& q, const Tensor& k_codes, const Tensor& k_scal
                     const Tensor& v_zero_point, const Tensor& block_table, const Tensor& seq_lens,
                     const Tensor& query_start, const std::optional<Tensor>& k_new,
                     const std::optional<Tensor>& v_new, const std::optional<Tensor>& cached_lens,
-                    int64_t bits, double scaling) {
-  const Call call{"kv_attention", q,           k_codes,     k_scale,
-                  k_zero_point,   v_codes,     v_scale,     v_zero_point,
-                  block_table,    seq_lens,    query_start, k_new,
-                  v_new,          cached_lens, bits,        scaling};
+                    int64_t bits, double scaling, int64_t window) {
+  const Call call{"kv_attention", q,       k_codes,      k_scale,     k_zero_point,
+                  v_codes,        v_scale, v_zero_point, block_table, seq_lens,
+                  query_start,    k_new,   v_new,        cached_lens, bits,
+                  scaling,        window};
   const auto shape = q.sizes();
   return *kv::launch_attention(call, {shape.begin(), shape.end()}).out;
 }
@@ -212,12 +217,12 @@ void register_tile(const char* name) {
                    T::kThreads, T::kSmemBytes, 80, 120});
 }
 
-// numbers: T, B, num_q_heads, num_kv_heads, head_dim, bits, pages of a row, page_size
+// numbers: T, B, num_q_heads, num_kv_heads, head_dim, bits, pages of a row, page_size, window
 std::string describe_plan(const int64_t* numbers, int n, int, int num_sms) {
-  if (n != 8) return "kv_attention: 8 numbers";
+  if (n != 9) return "kv_attention: 9 numbers";
   const int64_t heads = numbers[2] / numbers[3];
-  const Plan plan =
-      plan_for(numbers[0], numbers[1], heads, numbers[3], numbers[6] * numbers[7], false, num_sms);
+  const Plan plan = plan_for(numbers[0], numbers[1], heads, numbers[3], numbers[6] * numbers[7],
+                             numbers[8] ? numbers[8] : int64_t{kv::kNoWindow}, false, num_sms);
   return text(plan.is_decode ? "decode" : "prefill", plan.one_query ? ", a tile is a query" : "",
               ", grid ", plan.tiles * numbers[3], "x", plan.splits, ", splits of ",
               plan.split_length);
@@ -254,7 +259,7 @@ Attention kv::launch_attention(const Call& call, const std::vector<int64_t>& out
   }
   const int64_t T = a.T, num_q_heads = a.num_kv_heads * a.heads;
   const Plan plan = plan_for(T, a.B, a.heads, a.num_kv_heads, int64_t{a.pages_of_row} * a.page_size,
-                             a.k_new != nullptr, device_num_sms(device));
+                             a.window, a.k_new != nullptr, device_num_sms(device));
   a.splits = plan.splits, a.split_length = plan.split_length;
   if (plan.splits == 1 || plan.splits > most_left) give_out();
   if (plan.splits > 1) {
@@ -280,7 +285,7 @@ LOWBIT_LIBRARY_FRAGMENT(m) {
       "kv_attention(Tensor q, Tensor k_codes, Tensor k_scale, Tensor k_zero_point, "
       "Tensor v_codes, Tensor v_scale, Tensor v_zero_point, Tensor block_table, Tensor seq_lens, "
       "Tensor query_start, Tensor? k_new, Tensor? v_new, Tensor? cached_lens, int bits, "
-      "float scaling) -> Tensor");
+      "float scaling, int window) -> Tensor");
 }
 
 LOWBIT_LIBRARY_IMPL(m) { m.impl("kv_attention", TORCH_BOX(&lowbit::kv_attention)); }

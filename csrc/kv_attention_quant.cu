@@ -40,9 +40,10 @@ struct Splits {
   Divisor by_head;  // in units
 
   // Steps 1a and 1b, where the row will be: [used, heads] weights, as many sums, [heads] inverses.
-  __device__ __forceinline__ void weigh(float* weights, int used, int heads) const {
+  // first: where the numbers of its first split are.
+  __device__ __forceinline__ void weigh(float* weights, int64_t first, int used, int heads) const {
     const int count = used * heads;
-    const int64_t rows = static_cast<int64_t>(a.T) * heads, first = int64_t{blockIdx.x} * heads;
+    const int64_t rows = static_cast<int64_t>(a.T) * heads;
     float *sums = weights + count, *inverses = sums + count;
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
@@ -68,10 +69,11 @@ struct Splits {
   template <int kUnits>
   __device__ __forceinline__ void load(uint4 (&to)[kUnits], int64_t start,
                                        const uint32_t (&places)[kUnits]) const {
-    const int heads = a.num_kv_heads * a.heads, used = kv::splits_seen(a, blockIdx.x);
+    const int heads = a.num_kv_heads * a.heads;
+    const auto [first_split, used] = kv::splits_seen(a, blockIdx.x);
     const int64_t stride = static_cast<int64_t>(a.T) * heads * a.head_dim;
     float* weights = reinterpret_cast<float*>(row_slots());
-    weigh(weights, used, heads);
+    weigh(weights, (static_cast<int64_t>(a.T) * first_split + blockIdx.x) * heads, used, heads);
 
     // step 1c
     static_assert(kUnits % kUnitsAtOnce == 0, "whole rounds");
@@ -81,7 +83,7 @@ struct Splits {
       float sum[kUnitsAtOnce][kVector];
 #pragma unroll
       for (int u = 0; u < kUnitsAtOnce; ++u) zero_unit(sum[u]);
-      const float *row = a.partial + start, *weight = weights;
+      const float *row = a.partial + first_split * stride + start, *weight = weights;
 #pragma unroll 1
       for (int split = 0; split < used; ++split, row += stride, weight += heads) {
 #pragma unroll
@@ -138,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> kv_attention_quant(
     const Tensor& v_codes, const Tensor& v_scale, const Tensor& v_zero_point,
     const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start,
     const std::optional<Tensor>& k_new, const std::optional<Tensor>& v_new,
-    const std::optional<Tensor>& cached_lens, int64_t kv_bits, double scaling,
+    const std::optional<Tensor>& cached_lens, int64_t kv_bits, double scaling, int64_t window,
     const std::optional<Tensor>& signs, int64_t order, int64_t inner, int64_t dense, int64_t bits,
     bool symmetric, double clip, bool packed) {
   const int64_t T = q.sizes()[0], D = q.sizes()[2], K = q.sizes()[1] * D;
@@ -158,7 +160,8 @@ std::tuple<Tensor, Tensor, Tensor> kv_attention_quant(
                       v_new,
                       cached_lens,
                       kv_bits,
-                      scaling};
+                      scaling,
+                      window};
   // Two numbers a split and one more, of every head, fit where its row will be.
   const int64_t most_splits = K > kLongestSum ? 1 : std::min<int64_t>(kMostSplits, (D - 1) / 2);
   const kv::Attention attention = kv::launch_attention(call, {T, K}, most_splits);
@@ -184,7 +187,7 @@ LOWBIT_LIBRARY_FRAGMENT(m) {
       "kv_attention_quant(Tensor q, Tensor k_codes, Tensor k_scale, Tensor k_zero_point, "
       "Tensor v_codes, Tensor v_scale, Tensor v_zero_point, Tensor block_table, Tensor seq_lens, "
       "Tensor query_start, Tensor? k_new, Tensor? v_new, Tensor? cached_lens, int kv_bits, float "
-      "scaling, Tensor? signs, int order, int inner, "
+      "scaling, int window, Tensor? signs, int order, int inner, "
       "int dense, int bits, bool symmetric, float clip, bool packed) "
       "-> (Tensor, Tensor, Tensor)");
 }

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_sliding_window_causal_mask
 
 from lowbit import parallel
 from lowbit.errors import InputError
 from lowbit.models import Adapter
+from lowbit.models.spaces import window_of
 
 TOKENS_AT_ONCE = 2048  # calibration tokens in one forward of a block
 SHARE_OF_GPU = 0.25  # of its memory, that two streams may take
@@ -37,12 +39,6 @@ class Stream:
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter, windows: Tensor):
         parallel.check_windows(len(windows))
-        reach = getattr(model.config, "sliding_window", None)
-        if reach is not None and windows.shape[1] > reach:
-            raise InputError(
-                f"calibration windows must be at most {reach} tokens, the model's sliding window, "
-                f"got {windows.shape[1]}"
-            )
         self.adapter = adapter
         embed = model.get_input_embeddings()
         self.windows, self.length = windows.shape
@@ -53,11 +49,14 @@ class Stream:
         entering = (embed(part).float() * adapter.embedding_scale for part in own.split(self.batch))
         self.hidden = [self.put_by(hidden) for hidden in entering]
         positions = torch.arange(windows.shape[1], device=model.device)[None]
-        rotary = model.get_submodule(adapter.rotary_path)
-        self._call = {
-            "position_embeddings": rotary(embed(own[:1]).float(), position_ids=positions),
-            "attention_mask": None,
-        }
+        rotary, first = model.get_submodule(adapter.rotary_path), embed(own[:1]).float()
+        angles = rotary(first, position_ids=positions)
+        self._call = {"position_embeddings": angles, "attention_mask": None}
+        self._window_mask = None  # for blocks whose sliding window is shorter than these windows
+        if 0 < (getattr(model.config, "sliding_window", None) or 0) < self.length:
+            self._window_mask = create_sliding_window_causal_mask(
+                config=model.config, inputs_embeds=first, attention_mask=None, past_key_values=None
+            )
 
     def fork(self) -> "Stream":
         """The same activations, to go other ways from here."""
@@ -88,7 +87,10 @@ class Stream:
     ) -> Tensor:
         """The block's output, on the model's device, `tensors` in place of its own of these names.
         `hidden` may lie anywhere."""
-        return functional_call(block, tensors or {}, (hidden.to(self.device),), self._call)
+        call = self._call
+        if self._window_mask is not None and window_of(block.get_submodule(self.adapter.attention)):
+            call = {**call, "attention_mask": self._window_mask}
+        return functional_call(block, tensors or {}, (hidden.to(self.device),), call)
 
     def put_by(self, hidden: Tensor) -> Tensor:
         """`hidden` where this stream's activations lie."""

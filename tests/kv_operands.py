@@ -107,9 +107,10 @@ NOWHERE = 2**30  # a page number that must never be looked up
 
 
 class Batch(NamedTuple):
-    """(cached tokens, queries) of every sequence."""
+    """(cached tokens, queries) of every sequence, and the call's sliding window."""
 
     sequences: tuple[tuple[int, int], ...]
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,9 @@ def attend(
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     where = cache.block_table, cache.seq_lens, query_start(batch)
     with poison():
-        return kv_attention(q, cache.pages, *where, scaling, cache.new, backend=backend)
+        return kv_attention(
+            q, cache.pages, *where, scaling, cache.new, batch.window, backend=backend
+        )
 
 
 def torch_attention(q: Tensor, cache: Cache, batch: Batch, dtype: torch.dtype) -> Tensor:
@@ -205,7 +208,10 @@ def torch_attention(q: Tensor, cache: Cache, batch: Batch, dtype: torch.dtype) -
         k, v = (
             t[b].to(dtype).transpose(0, 1).repeat_interleave(repeats, 0) for t in (cache.k, cache.v)
         )
-        seen = torch.arange(length) <= length - n + torch.arange(n)[:, None]
+        last = length - n + torch.arange(n)[:, None]
+        seen = torch.arange(length) <= last
+        if batch.window:
+            seen &= torch.arange(length) > last - batch.window
         out = scaled_dot_product_attention(rows, k, v, attn_mask=seen)
         outs.append(out.transpose(0, 1))
         start += n
@@ -258,4 +264,5 @@ def attention_arguments(D=64, bits=4, dtype=torch.float32, new=False) -> dict:
         **dict(zip(NEW, cache.new or (None,) * 3, strict=True)),
         "bits": bits,
         "scaling": 0.125,
+        "window": 0,
     }

@@ -28,10 +28,11 @@ import lowbit
 from lowbit.distribution import _activations
 from lowbit.errors import InputError
 from lowbit.evaluate.fake_quant import to_fake
-from lowbit.formats import QuantFormat
+from lowbit.formats import IntFormat, QuantFormat
 from lowbit.models import ADAPTERS, adapter_for
 from lowbit.models.minicpm import MiniCPMConfig
 from lowbit.models.source import open_source
+from lowbit.nn.static_cache import StaticQuantKVCache
 from lowbit.recipes import recipe_named
 from lowbit.recipes.quarot import ROTATIONS
 from lowbit.streams import Stream
@@ -50,7 +51,7 @@ CONFIGS = {
     "minicpm": tiny_config(
         MiniCPMConfig, scale_emb=12, scale_depth=1.4, dim_model_base=16, num_key_value_heads=4
     ),
-    "mistral": tiny_config(MistralConfig, sliding_window=None, head_dim=32),
+    "mistral": tiny_config(MistralConfig, sliding_window=12, head_dim=32),
     "phi": tiny_config(
         PhiConfig,
         hidden_size=160,
@@ -59,11 +60,18 @@ CONFIGS = {
         partial_rotary_factor=0.4,
         qk_layernorm=True,
     ),
-    "phi3": tiny_config(Phi3Config, partial_rotary_factor=0.5, sliding_window=40),
-    "qwen2": tiny_config(Qwen2Config, tie_word_embeddings=True),
+    "phi3": tiny_config(Phi3Config, partial_rotary_factor=0.5, sliding_window=9),
+    "qwen2": tiny_config(
+        Qwen2Config,
+        tie_word_embeddings=True,
+        use_sliding_window=True,
+        sliding_window=9,
+        max_window_layers=1,  # the first layer sees all
+    ),
     "qwen3": tiny_config(Qwen3Config, head_dim=32),
     "smollm3": tiny_config(SmolLM3Config, no_rope_layers=[1, 0]),
 }
+INT8 = IntFormat(8, symmetric=False)
 CALIBRATION = tiny_tokens(8, 32, seed=9)
 
 
@@ -194,26 +202,32 @@ def test_an_architecture_without_an_adapter_is_named_with_the_file_to_add():
             lowbit.quantize(tiny_model(config), "rtn", "w4a16", progress=False)
 
 
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
 @torch.no_grad()
-def test_a_sliding_window_is_never_left_out():
-    """Up to its length it is no window; beyond, what does not implement it refuses."""
-    config = tiny_config(MistralConfig, sliding_window=16, head_dim=32)
-    with pytest.raises(InputError, match="at most 16 tokens, the model's sliding window, got 32"):
-        quantized(config, "gptq", "w4a16")
-    short, tokens = CALIBRATION[:, :16], tiny_tokens(2, 17)
-    packed = lowbit.quantize(tiny_model(config), "gptq", "w4a16kv4", short, progress=False)
-    with pytest.raises(InputError, match="at most 16, the model's sliding window, got 17"):
-        packed(tokens, use_cache=False)
+def test_a_sliding_window(name):
+    """Of all layers or of one: in one forward, in pieces, in a cache of fixed size, beside pads."""
+    packed, tokens = quantized(CONFIGS[name], "rtn", "w8a8kv8"), tiny_tokens(2, 30)
+    whole = packed(tokens).logits
+    pads = torch.zeros(2, 5, dtype=torch.int64)
+    mask = torch.cat((pads, torch.ones_like(tokens)), 1)
+    padded = {"input_ids": torch.cat((pads, tokens), 1), "attention_mask": mask}
+    for options in (
+        {},
+        {"past_key_values": StaticQuantKVCache(packed.config, INT8, max_length=30)},
+    ):
+        step = packed(tokens[:, :20], **options)
+        again = packed(tokens[:, 20:29], past_key_values=step.past_key_values)
+        last = packed(tokens[:, 29:], past_key_values=step.past_key_values)
+        pieces = torch.cat([step.logits, again.logits, last.logits], 1)
+        torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+    positions = mask.cumsum(1).sub(1).clamp(min=0)
+    got = packed(**padded, position_ids=positions).logits
+    torch.testing.assert_close(got[:, 5:], whole, rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="packed sequences"):
-        packed(tokens[:, :16], position_ids=torch.arange(16)[None] % 8, use_cache=False)
-    step = packed(tokens[:, :15])
-    last = packed(tokens[:, 15:16], past_key_values=step.past_key_values)
-    with pytest.raises(InputError, match="at most 16, the model's sliding window, got 17"):
-        packed(tokens[:, 16:], past_key_values=step.past_key_values)
-    assert step.past_key_values.is_whole
-    fake = to_fake(packed)
-    torch.testing.assert_close(fake(tokens[:, :16]).logits[:, -1:], last.logits)
-    fake(tokens)  # its mask is transformers' own
+        packed(tokens, position_ids=torch.arange(30)[None] % 8, use_cache=False)
+    # beside pads its mask is transformers' own
+    fake = to_fake(packed)(**padded, position_ids=positions).logits
+    torch.testing.assert_close(fake[:, 5:], got[:, 5:], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

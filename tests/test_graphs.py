@@ -137,18 +137,26 @@ def test_callers_who_choose_are_left_alone(model, recorded):
     assert wants_graphs(model, None, {"use_cache": True, "past_key_values": None})
 
 
+def test_a_sliding_window(monkeypatch, model, recorded):
+    """transformers' masks of compiled steps are no others than those of prefill."""
+    config = tiny_config(MistralConfig, sliding_window=6)
+    windowed = lowbit.quantize(tiny_model(config), "rtn", "w8a8kv8", progress=False)
+    monkeypatch.setattr(type(windowed), "_valid_auto_compile_criteria", lambda *args: True)
+    ids, mask = batch()
+    expected = generate(windowed, ids, attention_mask=mask, disable_compile=True)
+    assert torch.equal(generate(windowed, ids, attention_mask=mask), expected)
+    assert recorded == [NEW - 2]
+
+
 def test_models_that_have_none(monkeypatch, model):
     monkeypatch.setattr(graphs, "DEVICES", ("cuda",))
     assert not wants_graphs(model, None, {})
     monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
     without_kv = lowbit.quantize(tiny_model(model.config), "rtn", "w8a8", progress=False)
     assert not wants_graphs(without_kv, None, {})
-    window = tiny_config(MistralConfig, sliding_window=64)
-    window = lowbit.quantize(tiny_model(window), "rtn", "w8a8kv8", progress=False)
-    assert not wants_graphs(window, None, {})
     experts = tiny_model(tiny_config(MixtralConfig, num_local_experts=4, sliding_window=None))
     experts = lowbit.quantize(experts, "rtn", "w8a8kv8", progress=False)
     assert not wants_graphs(experts, None, {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        generate(window, tiny_tokens(1, 5))
+        generate(experts, tiny_tokens(1, 5))

@@ -82,6 +82,16 @@ def test_sequences_do_not_see_each_other():
         assert_bitwise(attend(q[rows], alone, Batch((sequence,))), together[rows])
 
 
+@pytest.mark.parametrize("window", [1, 15, QUERY_CHUNK, 149, 500])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_every_window(batch, window):
+    batch = Batch(batch.sequences, window)
+    cache, q = random_cache(batch), random_q(batch)
+    assert_is_torchs(attend(q, cache, batch), q, cache, batch)
+    cache = with_new(cache, batch)
+    assert_is_torchs(attend(q, cache, batch), q, cache, batch)
+
+
 @pytest.mark.parametrize("first", [1, QUERY_CHUNK, 100, 159])
 def test_prefill_in_two_calls(first):
     whole = Batch(((160, 160),))
@@ -253,6 +263,7 @@ SHAPES = r"must have shapes \[B, P\], \[B\] and \[B \+ 1\]"
         ({"block_table": torch.zeros(2, dtype=I32)}, f".*{SHAPES}"),
         ({"seq_lens": torch.zeros(3, dtype=I32)}, f".*{SHAPES}"),
         ({"query_start": torch.zeros(2, dtype=I32)}, f".*{SHAPES}"),
+        ({"window": -1}, "window must be at least 0, which is none, got -1"),
     ],
 )
 def test_wrong_argument(change, message):

@@ -122,6 +122,35 @@ def test_new_tokens_and_rows_that_see_nothing(backend):
     assert_no_worse_than_torch(got, exact.half(), exact, 4 * torch.finfo(FP16).eps)
 
 
+def windows(backend: str) -> dict[str, Batch]:
+    """Windows that are and are not whole steps; longer than sequences, than a split, than two."""
+    split, long = SPLIT[backend], THREE_SPLITS[backend]
+    return {
+        "decode": Batch(((37, 1), (20, 1), (5, 1)), 16),
+        "of one": Batch(((50, 12), (33, 1)), 1),
+        "prefill": Batch(((150, 150),), 41),
+        "chunked prefill": Batch(((split + 44, 70), (3, 3)), 64),
+        "decode in splits": Batch(((2 * long, 1), (split + 1, 1), (0, 0), (17, 1)), split + 5),
+        "longer than two splits": Batch(((2 * long, 2), (9, 1)), 2 * split + 7),
+        "queries further apart than a split": Batch(((2 * long, split + 40),), split - 9),
+        "longer than all": Batch(((65, 33), (4, 6)), 1000),
+    }
+
+
+@kernels("dtype,bits", cuda=product(DTYPES["cuda"], [4, 8]), triton=[(FP16, 4)])
+@pytest.mark.parametrize("new", [None, 5])
+@pytest.mark.parametrize("name", windows("cuda"))
+def test_every_window(backend, name, new, dtype, bits):
+    check_attention(backend, windows(backend)[name], dtype, bits=bits, page_size=7, new=new)
+
+
+@kernels("D", cuda=[80, 128, 256], triton=[80, 256])
+def test_a_window_of_every_head_dim(backend, D):
+    batch = Batch(((75, 40), (30, 1)), 20)
+    check_attention(backend, batch, BF16, 4, 2, D)
+    check_attention(backend, batch, BF16, 4, 2, D, new=0)
+
+
 HEADS = [(1, 1), (2, 2), (4, 1), (8, 1), (16, 1), (9, 3), (40, 2)]
 
 

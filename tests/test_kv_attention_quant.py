@@ -56,9 +56,10 @@ def two_ops(
     matrix: Tensor | None = None,
     *grid,
     new: NewTokens | None = None,
+    window: int = 0,
     **backend,
 ) -> PackedTensor:
-    x = kv_attention(*call, new, **backend).flatten(1)
+    x = kv_attention(*call, new, window, **backend).flatten(1)
     if order == 0:
         return quantize(x, format, *grid, **backend)
     return hadamard_quant(x, format, order, inner, matrix, *grid, **backend)
@@ -132,6 +133,13 @@ def test_new_tokens_in_full_precision():
     assert differs.any() and not differs[[1, 10, 13, 14]].any()  # rows that see nothing
 
 
+@pytest.mark.parametrize("rotation", [(0, 1), (4, 64)])
+def test_a_sliding_window(rotation):
+    call = attention_call(RAGGED)
+    got = assert_same(call, IntFormat(8), *rotation, window=5)
+    assert not torch.equal(got.codes, assert_same(call, IntFormat(8), *rotation).codes)
+
+
 def test_given_matrix():
     call = attention_call(RAGGED, Hq=9, Hkv=3)
     assert_same(call, IntFormat(4), 9, 64, torch.linalg.qr(torch.randn(9, 9)).Q)
@@ -167,7 +175,7 @@ def op_arguments(**change) -> tuple:
         **{"q": q, **dict(zip(("kc", "ks", "kz", "vc", "vs", "vz"), pages.tensors, strict=True))},
         **dict(zip(("block_table", "seq_lens", "query_start"), tables, strict=True)),
         **dict.fromkeys(("k_new", "v_new", "cached_lens")),
-        **{"kv_bits": 4, "scaling": scaling, "order": 4, "inner": 64, "matrix": None},
+        **{"kv_bits": 4, "scaling": scaling, "window": 0, "order": 4, "inner": 64, "matrix": None},
         **{"bits": 4, "symmetric": True, "clip": 0.9, "packed": False},
     }
     return tuple((arguments | change).values())

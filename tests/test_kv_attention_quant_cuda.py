@@ -66,6 +66,14 @@ def test_new_tokens_in_full_precision(batch, dtype):
     check(call, IntFormat(8), 4, 64, new=new_tokens(call))
 
 
+@pytest.mark.parametrize("window", [20, 260])
+@pytest.mark.parametrize("batch", [*BATCHES.values(), ((900, 2), (600, 1))], ids=str)
+def test_a_sliding_window(batch, window):
+    """Where it is in splits, the first ones of a row are not those of the sequence."""
+    call = attention_call(batch, torch.bfloat16, Hq=4, Hkv=1, unowned=1)
+    check(call, IntFormat(8), 4, 64, window=window)
+
+
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize(("order", "inner"), ROTATIONS)
 @pytest.mark.parametrize("batch", [RAGGED, SPLITS], ids=["a split", "splits"])

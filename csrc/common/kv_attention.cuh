@@ -34,6 +34,12 @@ __device__ __forceinline__ Sequence find(int tile, const Arguments& a, int heads
   return {b, start, end - start, length, tile_start(start, b, heads, tile_rows)};
 }
 
+// The first position that any query of the sequence sees, at most kTokens - 1 earlier: tiles and
+// splits begin at whole multiples, wherever a window ends.
+__device__ __forceinline__ int sequence_begin(const Sequence& sequence, const Arguments& a) {
+  return larger(sequence.length - sequence.queries + 1 - a.window, 0) / kTokens * kTokens;
+}
+
 // ---- step 2
 
 // Lane's position of a tile: which row of the cache it is, -1: none.
@@ -117,8 +123,10 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
                      sequence.first_query, sequence.length - sequence.queries + 1};
   if (rows.first >= rows.queries * a.heads) return;  // a gap
   const int last_query = smaller((rows.first + a.tile_rows - 1) / a.heads, rows.queries - 1);
-  const int begin = blockIdx.y * a.split_length;
-  const int end = smaller(rows.before + last_query, begin + a.split_length);
+  const int split = sequence_begin(sequence, a) + blockIdx.y * a.split_length;
+  const int tile_begin = rows.before + rows.first / a.heads - a.window;
+  const int begin = larger(split, larger(tile_begin, 0) / kTokens * kTokens);
+  const int end = smaller(rows.before + last_query, split + a.split_length);
   if (a.splits > 1 && begin >= end) return;
   int cached = sequence.length;  // from there on positions are not in the pages
   if constexpr (T::kTakesNew) {
@@ -144,7 +152,7 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
   for (int half = 0; half < 2; ++half) {
     const int local = warp_m * kTileRows + g + 8 * half, index = rows.index(a, kv_head, local);
     row_at[half] = index < 0 ? -1 : static_cast<int64_t>(index) * a.head_dim;
-    seen_end[half] = index < 0 ? pages_end : smaller(rows.seen(a, local), pages_end);
+    seen_end[half] = index < 0 ? pages_end : rows.seen(a, local);
   }
   if constexpr (T::kSharedQueries) {
     constexpr int kWarpBytes = kTileRows * T::kDim * 2;
@@ -152,7 +160,6 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
   }
   load_queries<T>(q, a, row_at, warp_n == 0);
   if constexpr (T::kSharedQueries) sync_block();
-  const int all_see = smaller(rows.seen(a, 0), pages_end);
 
   // step 2
   const int* pages = a.block_table + sequence.b * a.table_stride;
@@ -202,7 +209,7 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
     float s[4][4];
     score<T>(s, q, here_at, scales);
     const int seen_here[2] = {seen_end[0] - start, seen_end[1] - start};
-    soften<T>(state, s, q, start + kTokens > all_see, seen_here, exponent);
+    soften<T>(state, s, q, seen_here, pages_end - start, a.window, exponent);
     accumulate<T>(state, s, here_at + T::kCodesBytes, scales);
   }
   settle<T>(state);

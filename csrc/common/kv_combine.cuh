@@ -7,15 +7,24 @@
 
 namespace lowbit::kv {
 
-// The splits, from the first on, in which a query of the call sees something; others are not
-// written. All lanes of a warp.
-__device__ __forceinline__ int splits_seen(const Arguments& a, int query) {
+// `used` splits from `first` on.
+struct SplitRange {
+  int first, used;
+};
+
+// The splits in which a query of the call sees something; others are not written. All lanes of a
+// warp.
+__device__ __forceinline__ SplitRange splits_seen(const Arguments& a, int query) {
   const Sequence sequence = find(query, a, 1, 1);
   const int seen = sequence.length - sequence.queries + 1 + query - sequence.first_query;
-  return seen > 0 ? ceil_div(seen, a.split_length) : 0;
+  if (seen <= 0) return {0, 0};
+  const int before = sequence_begin(sequence, a);
+  const int first = (larger(seen - a.window, 0) - before) / a.split_length;
+  return {first, ceil_div(seen - before, a.split_length) - first};
 }
 
-// The splits of a row that it sees; numbers of one split and the next lie `stride` apart.
+// The splits of a row that it sees, from the first on; numbers of one split and the next lie
+// `stride` apart.
 struct RowSplits {
   const float *max, *sum;
   int64_t stride;

@@ -15,6 +15,7 @@ struct Call {
   const std::optional<Tensor>&k_new, &v_new, &cached_lens;
   int64_t bits;
   double scaling;
+  int64_t window;
 };
 
 // What was launched: `out`, or the splits that are to be added (common/kv_combine.cuh). The memory

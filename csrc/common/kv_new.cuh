@@ -173,9 +173,9 @@ __device__ __forceinline__ void attend_new(State<T>& state, const Queries<T>& q,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int local = warp * kTileRows + lane / 4 + 8 * half;
-      seen_here[half] = smaller(rows.seen(a, local), end) - start;
+      seen_here[half] = rows.seen(a, local) - start;
     }
-    soften<T>(state, s, q, start + kTokens > smaller(rows.seen(a, 0), end), seen_here, exponent);
+    soften<T>(state, s, q, seen_here, end - start, a.window, exponent);
     accumulate_new<T>(state, s, stage);
   }
 }

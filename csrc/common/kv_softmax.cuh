@@ -196,17 +196,26 @@ __device__ __forceinline__ void score(float (&s)[4][4], const Queries<T>& q, uin
 }
 
 // Step 4: scores to p, with the state's maximum and sum; then what is before times `shrink`.
-// seen_end: where rows g and g + 8 end, from the tile's first position on.
+// seen_end: where what rows g and g + 8 see ends; there_end: the positions; both from the tile's
+// first position on.
 template <class T>
 __device__ __forceinline__ void soften(State<T>& state, float (&s)[4][4], const Queries<T>& q,
-                                       bool is_cut, const int (&seen_end)[2], int exponent) {
+                                       const int (&seen_end)[2], int there_end, int window,
+                                       int exponent) {
   const int t = lane_id() % 4;
-  if (is_cut) {
+  if (kTokens > smaller(seen_end[0], there_end) || seen_end[1] > window) {  // not all are seen
+    // One comparison a score: what is before a window is a large unsigned number.
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
+    for (int half = 0; half < 2; ++half) {
+      const int begin = seen_end[half] - window;
+      const unsigned count = larger(smaller(seen_end[half], there_end) - begin, 0);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (8 * n + 2 * t + i % 2 >= seen_end[i / 2]) s[n][i] = -INFINITY;
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const unsigned from_begin = 8 * n + 2 * t + i - begin;
+          if (from_begin >= count) s[n][2 * half + i] = -INFINITY;
+        }
       }
     }
   }

@@ -11,6 +11,7 @@ constexpr int kTokens = 32;    // positions at once: one a lane, and four column
 constexpr int kStages = 2;
 constexpr int kChunk = 16;  // bytes of a row of codes that ldmatrix reads at once
 constexpr int kMaxHeadDim = 256;
+constexpr int kNoWindow = 1 << 30;  // longer than any sequence
 
 // ---- codes as fp16 -----------------------------------------------------------------------------
 //
@@ -90,6 +91,7 @@ struct Arguments {
   int T, B, pages_of_row, page_size, num_kv_heads, heads, head_dim;  // heads of a KV head
   int64_t table_stride;
   int tile_rows;  // kRows; or `heads`, where a tile is one query
+  int window;     // positions that a query sees, or kNoWindow
   int splits, split_length;
   bool is_bf16;
   float factor;    // |scaling| log2(e)
@@ -102,6 +104,7 @@ struct Rows {
   int queries, first_query;  // of the sequence
   int before;                // + query: how much a query sees
 
+  // Where what a row sees ends; it begins `window` before that.
   __device__ __forceinline__ int seen(const Arguments& a, int local) const {
     return before + (first + local) / a.heads;
   }

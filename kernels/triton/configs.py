@@ -497,7 +497,13 @@ KV_APPEND = tuple(
 
 
 def _kv_attention(
-    q: str, head_dim: int, bits: int, heads: int, queries: float, new: bool = False
+    q: str,
+    head_dim: int,
+    bits: int,
+    heads: int,
+    queries: float,
+    new: bool = False,
+    window: bool = False,
 ) -> Config:
     words, split = head_words(head_dim, bits), queries == 1
     t = attention_tile(q == "fp32", heads * queries, head_dim, words, new)
@@ -507,7 +513,8 @@ def _kv_attention(
         "kv_attention:kv_attention_kernel",
         f"{q}-{head_dim}-int{bits}-{heads}-{t.BLOCK_M}x{t.BLOCK_N}"
         + ("-split" if split else "")
-        + ("-new" if new else ""),
+        + ("-new" if new else "")
+        + ("-window" if window else ""),
         {
             "q": f"*{q}",
             **dict.fromkeys(("k_codes", "v_codes"), "*i16"),
@@ -518,8 +525,10 @@ def _kv_attention(
             **({"out": "*fp32", **parts} if split else {"out": f"*{q}"}),
             **dict.fromkeys(("T", "B", "P", "num_kv_heads", "split_length"), "i32"),
             "factor": "fp32",
+            **({"window": "i32"} if window else {}),
         },
         {
+            **({} if window else {"window": None}),
             **({} if split else dict.fromkeys(parts)),
             **({} if new else dict.fromkeys(given)),
             **{"HEAD_DIM": head_dim, "BITS": bits, "PAGE_SIZE": 16},
@@ -540,7 +549,7 @@ def _kv_attention(
 
 
 # fmt: off
-_KV_CALLS = (  # head_dim, bits, query heads of a KV head, queries of a sequence, k_new or not
+_KV_CALLS = (  # head_dim, bits, query heads of a KV head, queries of one; with k_new; a window
     ("bf16", 64, 4, 3, 1), ("fp16", 64, 8, 1, 1), ("bf16", 80, 4, 1, 1), ("fp16", 128, 4, 8, 1),
     ("bf16", 128, 4, 4, 1), ("bf16", 128, 8, 8, 1), ("fp16", 128, 2, 4, 1), ("fp16", 256, 4, 4, 1),
     ("bf16", 256, 8, 1, 1), ("fp16", 128, 4, 4, 16), ("bf16", 64, 4, 3, ANY),
@@ -549,7 +558,9 @@ _KV_CALLS = (  # head_dim, bits, query heads of a KV head, queries of a sequence
     ("fp32", 128, 4, 4, ANY), ("fp32", 256, 8, 4, ANY),
     ("bf16", 64, 4, 3, ANY, True), ("fp16", 80, 8, 1, ANY, True), ("fp16", 128, 4, 4, ANY, True),
     ("bf16", 128, 2, 4, 1, True), ("bf16", 256, 8, 4, ANY, True), ("fp32", 128, 4, 4, ANY, True),
-    ("fp32", 64, 8, 3, ANY, True),
+    ("fp32", 64, 8, 3, ANY, True), ("bf16", 128, 4, 4, 1, False, True),
+    ("bf16", 128, 4, 4, ANY, False, True), ("fp16", 128, 4, 8, ANY, True, True),
+    ("fp32", 128, 4, 4, ANY, True, True),
 )
 # fmt: on
 KV_ATTENTION = tuple(_kv_attention(*call) for call in _KV_CALLS) + tuple(
@@ -560,11 +571,18 @@ KV_ATTENTION = tuple(_kv_attention(*call) for call in _KV_CALLS) + tuple(
             **{"partial": "*fp32", "row_max": "*fp32", "row_sum": "*fp32", "out": f"*{out}"},
             **dict.fromkeys(("seq_lens", "query_start"), "*i32"),
             **dict.fromkeys(("T", "B", "num_q_heads", "split_length"), "i32"),
+            **({} if window is None else {"window": window}),
         },
-        {"HEAD_DIM": head_dim, "SPLITS": splits, "BLOCK_D": block_d},
+        {
+            **({"window": None} if window is None else {}),
+            **{"BLOCK_N": 32, "HEAD_DIM": head_dim, "SPLITS": splits, "BLOCK_D": block_d},
+        },
         aligned=("split_length",),
     )
-    for out, head_dim, block_d, splits in (("bf16", 80, 128, 2), ("fp16", 256, 256, 128))
+    for out, head_dim, block_d, splits, window in (
+        ("bf16", 80, 128, 2, None),
+        ("fp16", 256, 256, 128, "i32"),
+    )
 )
 
 CONFIGS: dict[str, tuple[Config, ...]] = {  # by op

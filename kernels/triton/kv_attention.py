@@ -11,6 +11,8 @@ of a sequence and a KV head, and a split of the positions:
 2. BLOCK_N positions at a time, up to the last that the tile sees: scores = q . (code - zero_point),
    times k_scale * scaling as a tile; online softmax in base 2; acc += (p * v_scale) . (code -
    zero_point). What a position has one number of is loaded one step ahead.
+   A sliding window is for masks, and for where tiles and splits begin: at the first block in which
+   any row of the tile, or any query of the sequence, sees something. Without one both begin at 0.
 3. Of tokens that are given in full precision likewise, their columns by part as those of q are.
 4. out = acc / sum of p. Of several splits: acc, sum and maximum in fp32, and combine_kernel adds
    those of a row in order.
@@ -44,6 +46,7 @@ INTERPRETED = tl.constexpr(interpreted())  # it has no bf16 arithmetic: that is 
 WARPS_PER_PROCESSOR = 12  # what registers leave room for
 SHORTEST_SPLIT = 128  # positions
 MOST_SPLITS = 128
+LONGEST_WINDOW = 2**29  # longer than any sequence
 LOG2_E = 1.4426950408889634
 TWO_23 = tl.constexpr(0x4B000000)  # the bits of 2^23
 EXPONENT = tl.constexpr(0x7F800000)
@@ -173,6 +176,30 @@ def here(x):
 
 
 @triton.jit
+def first_seen(seen, window, BLOCK_N: tl.constexpr):
+    """Where the block begins that has the first of the `seen` positions up to a query's own that
+    its window leaves."""
+    first = 0
+    if window is not None:
+        first = tl.maximum(seen - window, 0) // BLOCK_N * BLOCK_N
+    return first
+
+
+@triton.jit
+def sees(position, end, seen, seen_here, window):
+    """[BLOCK_M, BLOCK_N]: whether rows, which see so many positions, see those before `end`.
+    seen_here is the smaller of the two; with a window rows keep one number, for registers."""
+    if window is None:
+        mask = position[None, :] < seen_here[:, None]
+    else:
+        # from where the window begins; 2^30 is behind any
+        column = tl.where(position < end, position + window, 1 << 30)
+        from_begin = (column[None, :] - seen[:, None]).to(tl.uint32, bitcast=True)
+        mask = from_begin < window.to(tl.uint32)
+    return mask
+
+
+@triton.jit
 def find_rows(
     first_row, queries, num_kv_heads,
     HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -201,7 +228,7 @@ def soften(scores, top, total):
     return p, shrink, new_top, total * shrink + tl.sum(p, axis=1)
 
 
-@triton.jit(do_not_specialize=["T", "B", "P"])  # one kernel for all calls of a model
+@triton.jit(do_not_specialize=["T", "B", "P", "window"])  # one kernel for all calls of a model
 def kv_attention_kernel(
     q,  # [T, num_kv_heads, HEADS, HEAD_DIM]
     k_codes,  # [num_pages, PAGE_SIZE, num_kv_heads, HEAD_DIM / PER_WORD]
@@ -225,6 +252,7 @@ def kv_attention_kernel(
     num_kv_heads,
     split_length,  # whole blocks of BLOCK_N
     factor,  # scaling * log2(e)
+    window,  # None; or how many positions a query sees
     HEAD_DIM: tl.constexpr,
     BITS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -251,8 +279,10 @@ def kv_attention_kernel(
     if first_row >= queries * HEADS:
         return
     last_query = tl.minimum((first_row + ROWS - 1) // HEADS, queries - 1)
-    begin = tl.program_id(1) * split_length
-    end = tl.minimum(length - queries + last_query + 1, begin + split_length)
+    before = length - queries + 1  # + query: how much a query sees
+    split = first_seen(before, window, BLOCK_N) + tl.program_id(1) * split_length
+    begin = tl.maximum(split, first_seen(before + first_row // HEADS, window, BLOCK_N))
+    end = tl.minimum(before + last_query, split + split_length)
     if SPLIT and begin >= end:
         return
     cached, pages_end = length, end
@@ -304,7 +334,8 @@ def kv_attention_kernel(
             numbers = tl.trans(centered(k, zero_point, part, BITS, dtype))
             scores = tl.dot(q_parts[part], numbers, scores, input_precision="ieee")
         scores *= (finite(key_scale) * factor)[None, :]
-        scores = tl.where(position[None, :] < in_pages[:, None], scores, float("-inf"))
+        seen_here = sees(position, pages_end, seen, in_pages, window)
+        scores = tl.where(seen_here, scores, float("-inf"))
 
         p, shrink, top, total = soften(scores, top, total)
         scale = finite(value_scale)
@@ -339,7 +370,8 @@ def kv_attention_kernel(
                 numbers = tl.load(k_new + new_at + part, mask=new_mask, other=0.0).to(dtype)
                 numbers = tl.trans(numbers)
                 scores = tl.dot(q_parts[part], numbers, scores, input_precision="ieee")
-            scores = tl.where(position[None, :] < in_split[:, None], scores * factor, float("-inf"))
+            seen_here = sees(position, end, seen, in_split, window)
+            scores = tl.where(seen_here, scores * factor, float("-inf"))
             p, shrink, top, total = soften(scores, top, total)
             if dtype == tl.float16:
                 new_unit = tl.maximum(unit, 1.0)
@@ -374,7 +406,7 @@ def kv_attention_kernel(
         tl.store(out + tile_row * HEAD_DIM + at + part, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "B", "window"])
 def combine_kernel(
     partial,  # fp32 [splits, T, num_q_heads, HEAD_DIM]
     row_max,  # fp32 [splits, T, num_q_heads]
@@ -386,6 +418,8 @@ def combine_kernel(
     B,
     num_q_heads,
     split_length,
+    window,  # None; or how many positions a query sees
+    BLOCK_N: tl.constexpr,  # of the splits
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,  # a power of two that is enough
     BLOCK_D: tl.constexpr,
@@ -394,11 +428,17 @@ def combine_kernel(
     row = tl.program_id(0)
     t = row // num_q_heads
     _, first, queries, length, _ = find(t, query_start, seq_lens, T, B, 1, 1)
-    used = tl.cdiv(tl.maximum(length - queries + t - first + 1, 0), split_length)
+    before = length - queries + 1
+    seen = tl.maximum(before + t - first, 0)
+    begin = first_seen(before, window, BLOCK_N)
+    used = tl.cdiv(tl.maximum(seen - begin, 0), split_length)
+    first_split = 0
+    if window is not None:
+        first_split = (tl.maximum(seen - window, begin) - begin) // split_length
 
     all_splits = tl.arange(0, SPLITS)
     at = all_splits.to(tl.int64) * T * num_q_heads + row
-    valid = all_splits < used
+    valid = (all_splits >= first_split) & (all_splits < used)
     top = tl.load(row_max + at, mask=valid, other=float("-inf"))
     highest = tl.max(top, axis=0)
     factor = tl.where(valid, tl.exp2(top - highest), 0.0)
@@ -406,7 +446,7 @@ def combine_kernel(
 
     d = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, used, COMBINED):
+    for start in range(first_split, used, COMBINED):
         split = start + tl.arange(0, COMBINED)
         split_row = split.to(tl.int64) * T * num_q_heads + row
         used_now = split < used
@@ -448,6 +488,7 @@ def kv_attention(
     cached_lens: Tensor | None,
     bits: int,
     scaling: float,
+    window: int,
 ) -> Tensor:
     (T, num_q_heads, head_dim), (B, P) = q.shape, block_table.shape
     _, page_size, num_kv_heads, _ = k_codes.shape
@@ -464,7 +505,10 @@ def kv_attention(
     count = T if one_query else T * heads // tile_rows + B + 1
     programs = max(triton.cdiv(T * heads, tile_rows), min(T, B)) * num_kv_heads  # that are busy
     warps = programs * tile.num_warps
-    splits, split_length = splits_of(warps, tile.BLOCK_N, P * page_size, q.device)
+    longest, window = P * page_size, min(window, LONGEST_WINDOW)
+    if window:  # of a sequence with all T queries, from the beginning of a block
+        longest = min(longest, window + T + tile.BLOCK_N)
+    splits, split_length = splits_of(warps, tile.BLOCK_N, longest, q.device)
     partial, row_max, row_sum = out, None, None
     if splits > 1:
         partial = q.new_empty((splits, *q.shape), dtype=torch.float32)
@@ -479,7 +523,7 @@ def kv_attention(
             *lengths,
             *new,
             *(partial, row_max, row_sum),
-            *(T, B, P, num_kv_heads, split_length, scaling * LOG2_E),
+            *(T, B, P, num_kv_heads, split_length, scaling * LOG2_E, window or None),
             HEAD_DIM=head_dim,
             BITS=bits,
             PAGE_SIZE=page_size,
@@ -494,7 +538,9 @@ def kv_attention(
         )
         if splits > 1:
             combine_kernel[(T * num_q_heads,)](
-                *(partial, row_max, row_sum, *lengths, out, T, B, num_q_heads, split_length),
+                *(partial, row_max, row_sum, *lengths, out),
+                *(T, B, num_q_heads, split_length, window or None),
+                BLOCK_N=tile.BLOCK_N,
                 HEAD_DIM=head_dim,
                 SPLITS=triton.next_power_of_2(splits),
                 BLOCK_D=triton.next_power_of_2(head_dim),

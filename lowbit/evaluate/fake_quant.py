@@ -25,7 +25,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from lowbit.errors import InputError
 from lowbit.formats import GROUP_SCALE_MAX, MIN_SCALE, IntFormat, Layout
 from lowbit.integrations import detach
-from lowbit.nn.attention import FULL, QuantAttention
+from lowbit.nn.attention import FULL, QuantAttention, is_causal_mask
 from lowbit.nn.fused import unfuse
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.mlp import QuantMLP
@@ -162,7 +162,7 @@ def fake_attention(
     Plain causal calls run the reference's own sums; a mask (padding) goes through transformers'
     sdpa, equal to fp32 rounding.
     """
-    kv, clip, rotation, prefill_kv = module.fake_kv
+    kv, clip, rotation, prefill_kv, window = module.fake_kv
     new = query.shape[2] if prefill_kv == FULL and query.shape[2] > 1 else 0
     cached = key.shape[2] - new
     dtype, compute = query.dtype, torch.promote_types(query.dtype, torch.float32)
@@ -177,16 +177,17 @@ def fake_attention(
         return out.to(dtype), None
     token_major = (t.transpose(1, 2).contiguous() for t in (query, key, value))
     rows = [
-        attend(q, k.transpose(0, 1), v.transpose(0, 1), module.scaling)
+        attend(q, k.transpose(0, 1), v.transpose(0, 1), module.scaling, window)
         for q, k, v in zip(*token_major, strict=True)
     ]
     return torch.stack(rows).to(dtype), None
 
 
 def fake_mask(*, mask_function=causal_mask_function, attention_mask=None, **kwargs):
-    """sdpa_mask; None where the queries, the last of the keys, see all up to themselves."""
+    """sdpa_mask; None where the queries, the last of the keys, see all up to themselves, or of
+    those the last, as many as the attention's window."""
     new, cached, columns = (kwargs.get(name) for name in ("q_length", "q_offset", "kv_length"))
-    is_causal = mask_function is causal_mask_function and not kwargs.get("kv_offset")
+    is_causal = is_causal_mask(mask_function, **kwargs) and not kwargs.get("kv_offset")
     if is_causal and None not in (new, cached) and cached + new == columns:
         if attention_mask is None or bool(attention_mask.all()):
             return None
@@ -235,5 +236,11 @@ def _ordinary_attention(module: QuantAttention) -> nn.Module:
         part = getattr(module, name)
         if part is not None:
             setattr(attention, name, part)
-    attention.fake_kv = (module.kv, module.clip, module.rotation, module.prefill_kv)
+    attention.fake_kv = (
+        module.kv,
+        module.clip,
+        module.rotation,
+        module.prefill_kv,
+        module.window,
+    )
     return attention.train(module.training)

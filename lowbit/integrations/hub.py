@@ -7,8 +7,10 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, StaticCache
 
 from lowbit.model_card import CARD_FILE, write_card
+from lowbit.nn import StaticQuantKVCache
 from lowbit.nn.graphs import GraphedForward, wants_graphs
 
 # Options of save_pretrained(push_to_hub=True) that are push_to_hub's.
@@ -36,6 +38,16 @@ class PackedModel:
         if compile_config is None and self.lowbit_config.format.kv is not None:
             return GraphedForward(self)
         return super().get_compiled_call(compile_config)
+
+    def _prepare_static_cache(self, *args, **kwargs) -> Cache:
+        """generate()'s cache of fixed size. transformers' keeps no more than the sliding window of
+        layers that have one, and then no longer knows what length was asked for."""
+        cache, kv = super()._prepare_static_cache(*args, **kwargs), self.lowbit_config.format.kv
+        if kv is None or type(cache) is not StaticCache or cache.offloading:
+            return cache
+        lengths = [layer.max_cache_len for layer in cache.layers]
+        length = max(*lengths, kwargs["max_cache_len"])
+        return StaticQuantKVCache(self.config, kv, max_length=length)
 
     def save_pretrained(self, save_directory: str | Path, *args, push_to_hub=False, **kwargs):
         """transformers' save_pretrained with all its options, and README.md, the model card."""

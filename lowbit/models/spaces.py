@@ -12,7 +12,7 @@ Names of tensors are names of modules; inside a block they are relative to the b
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat
@@ -90,6 +90,15 @@ class AttentionParts:
 
 
 LLAMA_ATTENTION = AttentionParts()
+
+
+def window_of(attention: nn.Module) -> int:
+    """How many tokens a query of transformers' attention sees, its own included; 0: all of them.
+
+    Where layers differ each says its own; else the config says it for all of them.
+    """
+    of_all = getattr(attention.config, "sliding_window", None)
+    return getattr(attention, "sliding_window", of_all) or 0
 
 
 @dataclass(frozen=True)

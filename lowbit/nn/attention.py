@@ -27,7 +27,7 @@ from transformers.masking_utils import causal_mask_function
 
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, PackedTensor
-from lowbit.models.spaces import LLAMA_ATTENTION, AttentionParts
+from lowbit.models.spaces import LLAMA_ATTENTION, AttentionParts, window_of
 from lowbit.nn.kv_cache import QuantKVCache
 from lowbit.nn.linear import QuantLinear, check_same_input, shared_input
 from lowbit.nn.online_map import OnlineMap
@@ -47,28 +47,41 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     kv_length: int | None = None,
     kv_offset: int = 0,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    **_unused,
+    **kind,
 ) -> Tensor | None:
     """What QuantAttention takes as attention_mask: bool [B, columns], true for tokens, or None.
 
     The columns of all that was seen; with a static cache of this forward alone: their number does
-    not change from token to token. A sliding window of local_size and nothing more (then it allows
-    the skip) is causal up to there, and QuantAttention goes no further.
+    not change from token to token.
 
     transformers calls it with more than it needs, by keyword, in other words in each version.
     """
-    is_window = local_size is not None and allow_is_causal_skip
-    if mask_function is not causal_mask_function and not is_window:
+    is_static = kv_offset == NEW_COLUMNS
+    if not is_causal_mask(mask_function, is_step=is_static, **kind):
         raise InputError(
             "quantized attention is causal: packed sequences (position_ids that restart without "
             "an attention_mask) and custom masks are not supported"
         )
-    if attention_mask is not None and kv_offset == NEW_COLUMNS:
+    if attention_mask is not None and is_static:
         # a copy: strides of a view would be those of a mask that grows
         return attention_mask[:, -kv_length:].clone(memory_format=torch.contiguous_format)
     return attention_mask
+
+
+def is_causal_mask(
+    mask_function,
+    *,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    is_step: bool = False,
+    **_unused,
+) -> bool:
+    """Whether a mask of transformers is causal, or a window of local_size, and nothing more.
+
+    What is more forbids the skip. So does a step of decoding with a cache that can be compiled.
+    """
+    is_window = local_size is not None and (allow_is_causal_skip or is_step)
+    return mask_function is causal_mask_function or is_window
 
 
 def _not_swapped(*_args, **_kwargs):
@@ -134,9 +147,7 @@ class QuantAttention(nn.Module):
         self.num_heads = attention.config.num_attention_heads
         self.num_kv_heads = attention.config.num_key_value_heads
         self.has_rope = bool(getattr(attention, "use_rope", True))  # not in every layer of SmolLM3
-        self.window: int | None = getattr(
-            attention, "sliding_window", getattr(attention.config, "sliding_window", None)
-        )
+        self.window = window_of(attention)
         self.kv, self.clip = kv, clip
         self.rotation = None if transform is None else OnlineMap(transform)
         self.replaced, self.parts = type(attention), parts
@@ -177,7 +188,6 @@ class QuantAttention(nn.Module):
         cache, layer = past_key_values, self.layer_idx
         if cache is None:  # K and V are quantized all the same, for this call
             cache, layer = self._single_use_cache(columns), 0
-        _check_window(self.window, cache.reach(layer, columns))
         step, pages = cache.step(
             layer, batch, columns, attention_mask, hidden_states.device, self.num_kv_heads
         )
@@ -235,7 +245,7 @@ class QuantAttention(nn.Module):
         """The input of the output linear for the arguments of kv_attention."""
         o_proj = self.output
         if not self._quantizes_for(o_proj, attention[0]):
-            return kv_attention(*attention, new, backend=self.backend).flatten(1)
+            return kv_attention(*attention, new, self.window, backend=self.backend).flatten(1)
         order, inner = 0, 1
         if o_proj.transform is not None:
             order, inner = o_proj.transform.order, o_proj.transform.inner
@@ -248,6 +258,7 @@ class QuantAttention(nn.Module):
             o_proj.activation_clip,
             o_proj.input_layout,
             new,
+            self.window,
             backend=self.backend,
         )
 
@@ -290,14 +301,6 @@ def _check_call(mask: Tensor | None, cache, kv: IntFormat, kwargs: dict):
         raise InputError(f"past_key_values must hold {kv}, got {cache.kv}")
     if kwargs.get("output_attentions"):
         raise InputError("output_attentions is not supported: quantized attention keeps no scores")
-
-
-def _check_window(window: int | None, columns: int):
-    if window is not None and columns > window:
-        raise InputError(
-            "quantized attention forgets no tokens: expected at most "
-            f"{window}, the model's sliding window, got {columns}"
-        )
 
 
 def _check_plain(attention: nn.Module, parts: AttentionParts):

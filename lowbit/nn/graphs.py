@@ -37,8 +37,8 @@ def wants_graphs(model: PreTrainedModel, config: GenerationConfig | None, option
     """Whether generate(config, **options) should decode in graphs, with a cache of fixed size: on
     one GPU, with quantized KV, where the caller has chosen nothing else.
 
-    Pads behind a row's tokens and a sliding window want the cache that grows: how far a row reaches
-    in one of fixed size only the device knows. Which experts have tokens, the host has to know.
+    Pads behind a row's tokens want the cache that grows. Which experts have tokens, the host has to
+    know.
     """
     config = config or model.generation_config
     chosen = {name: options.get(name, getattr(config, name, None)) for name in CHOICES + OF_CALLS}
@@ -50,7 +50,6 @@ def wants_graphs(model: PreTrainedModel, config: GenerationConfig | None, option
         and {p.device.type for p in model.parameters()} <= set(DEVICES)
         and len({p.device for p in model.parameters()}) == 1
         and bool(attentions)
-        and all(attention.window is None for attention in attentions)
         and not adapter_for(model.config).experts
         and _pads_in_front(options.get("attention_mask"))
     )

@@ -139,10 +139,6 @@ class QuantKVCache(Cache):
         layer.num_kv_heads = num_kv_heads or layer.num_kv_heads
         return layer
 
-    def reach(self, layer_idx: int, columns: int) -> int:
-        """The largest number of columns a row may hold, once `columns` more are stored."""
-        return self.layers[layer_idx].length + columns
-
     @property
     def is_whole(self) -> bool:
         """Every layer holds the same columns; false after a forward that was interrupted."""

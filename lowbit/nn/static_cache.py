@@ -165,10 +165,6 @@ class StaticQuantKVCache(QuantKVCache):
         layer.reserve(table.num_pages, device)
         return step, layer.pages
 
-    def reach(self, layer_idx: int, columns: int) -> int:
-        """All there is room for: how much of it is taken only the device knows."""
-        return self.table.max_length
-
     @property
     def is_whole(self) -> bool:
         return self.table.open is None

@@ -192,6 +192,8 @@ def _make_quantized(cache: Cache, module: nn.Module):
             f"{type(cache).__name__} that holds {cache.get_seq_length()} tokens: start from an "
             "empty cache"
         )
-    sizes = {} if kind is QuantKVCache else {"max_length": cache.layers[0].max_cache_len}
+    sizes = {}
+    if kind is StaticQuantKVCache:  # of layers with a sliding window it has no more than that
+        sizes["max_length"] = max(layer.max_cache_len for layer in cache.layers)
     cache.__class__ = kind
     cache.__init__(module.config, module.lowbit_kv, **sizes)

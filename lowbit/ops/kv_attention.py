@@ -3,7 +3,7 @@
 Sequence b owns rows query_start[b] .. query_start[b + 1] - 1 of q, n of them, and has L =
 seq_lens[b] tokens in the cache, the new ones included. With K, V dequantized (fp32, never
 narrowed), h the query head and h // (num_q_heads / num_kv_heads) its KV head, query i < n sees the
-positions j <= L - n + i:
+positions j <= L - n + i, with a window > 0 the last `window` of them, its own included:
 
     p   = softmax over j of scaling * (q[i, h] . K[j])
     out = sum over j of p[j] * V[j]
@@ -12,7 +12,7 @@ Position j lies in page block_table[b, j // page_size] at offset j % page_size. 
 (fp64 for fp64 q), out is narrowed once. A query that sees nothing (n > L) and a row of q that no
 sequence owns get 0. Zero queries or L = 0 are legal. Entries of block_table past the last page in
 use, and slots past L, are never read. Where K or V is not finite, every query of the call that
-sees it gets nan; what earlier queries of that sequence get is not specified.
+sees it gets nan; what other queries of that sequence get is not specified.
 
 The new tokens may be given in full precision. Then the positions from cached_lens[b] on are not
 read from the pages: position j is row query_start[b + 1] - L + j of k_new and v_new, as it is. One
@@ -28,6 +28,7 @@ softmax is over both. What is not finite in these rows reaches queries of their 
     k_new, v_new  [T, num_kv_heads, D]      q.dtype; both None: every position is in the pages
     cached_lens   [B]                       int32, L - n (or 0) .. L; None as k_new is
     bits          2..8; scaling: any float, 1 / sqrt(D) as a rule
+    window        int, the sliding window in tokens; 0: none
     out           [T, num_q_heads, D]       q.dtype
 """
 
@@ -65,6 +66,7 @@ def check_attention(
     cached_lens: Tensor | None,
     bits: int,
     scaling: float,
+    window: int,
 ):
     """The checks every op that attends over the cache shares."""
     cache = (k_codes, k_scale, k_zero_point, v_codes, v_scale, v_zero_point)
@@ -83,6 +85,8 @@ def check_attention(
             f"[B + 1], got {tuple(block_table.shape)}, {tuple(seq_lens.shape)} and "
             f"{tuple(query_start.shape)}"
         )
+    if window < 0:
+        raise ValueError(f"{op}: window must be at least 0, which is none, got {window}")
     new = {"k_new": k_new, "v_new": v_new, "cached_lens": cached_lens}
     missing = [name for name, t in new.items() if t is None]
     if len(missing) == len(new):
@@ -118,6 +122,7 @@ def _reference(
     cached_lens: Tensor | None,
     bits: int,
     scaling: float,
+    window: int,
 ) -> Tensor:
     compute = compute_dtype(q)
     out = torch.zeros_like(q)
@@ -147,7 +152,7 @@ def _reference(
                 (v_codes, v_scale, v_zero_point, None if v_new is None else v_new[new_rows]),
             )
         )
-        out[rows] = attend(q[rows].to(compute), k, v, scaling)
+        out[rows] = attend(q[rows].to(compute), k, v, scaling, window)
     return out
 
 
@@ -172,7 +177,7 @@ def _nan_if_not_finite(scale: Tensor) -> Tensor:
     return torch.where(scale.isfinite(), scale, torch.nan)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int = 0) -> Tensor:
     """The last n of L positions, q [n, num_q_heads, D], over k, v [num_kv_heads, L, D]; as q."""
     (n, num_q_heads, head_dim), (num_kv_heads, length, _) = q.shape, k.shape
     # The query heads of a KV head are stacked as rows, so that K and V are read once and as is.
@@ -183,12 +188,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         stop = min(start + QUERY_CHUNK, n)
         size = stop - start
         own = length - n + start  # position of the chunk's first query
-        seen = own + size  # how many positions its last query sees
-        scores = q[:, :, start:stop].flatten(1, 2) @ k[:, :seen].mT
+        first = max(own + 1 - window, 0) if window else 0  # that it sees
+        seen = slice(first, own + size)  # by any of them
+        scores = q[:, :, start:stop].flatten(1, 2) @ k[:, seen].mT
         scores = scores.unflatten(1, (-1, size))  # [num_kv_heads, heads each, size, seen]
-        scores[..., own:].masked_fill_(later[:size, :size], -torch.inf)
+        scores[..., own - first :].masked_fill_(later[:size, :size], -torch.inf)
+        if window:
+            position = torch.arange(first, own + size, device=q.device)
+            query = torch.arange(own, own + size, device=q.device)
+            scores.masked_fill_(position <= query[:, None] - window, -torch.inf)
         p = scores.softmax(-1).flatten(1, 2)
-        out[:, :, start:stop] = (p @ v[:, :seen]).unflatten(1, (-1, size))
+        out[:, :, start:stop] = (p @ v[:, seen]).unflatten(1, (-1, size))
     return out.permute(2, 0, 1, 3).reshape(n, num_q_heads, head_dim)
 
 
@@ -199,7 +209,7 @@ def _fake(q: Tensor, *_rest) -> Tensor:
 def _why_not_triton(*args) -> str | None:
     if not args:
         return why_not_triton()
-    *tensors, bits, _ = args
+    *tensors, bits, _, _ = args
     q = tensors[0]
     if q.dtype == torch.float64:
         return "the Triton kernel computes in fp32, q is fp64"
@@ -222,7 +232,7 @@ def _why_not_triton(*args) -> str | None:
 def _why_not_cuda(*args) -> str | None:
     if not args:
         return why_not_cuda()
-    *tensors, bits, _ = args
+    *tensors, bits, _, _ = args
     q, codes, k_scale, block_table = tensors[0], (tensors[1], tensors[4]), tensors[2], tensors[7]
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernel takes fp16 and bf16, q is {q.dtype}"
@@ -277,6 +287,7 @@ def kv_attention(
     query_start: Tensor,
     scaling: float,
     new: NewTokens | None = None,
+    window: int = 0,
     backend: str | None = None,
 ) -> Tensor:
     """q's attention over the sequences in `pages`; the contract is this module's docstring."""
@@ -289,5 +300,6 @@ def kv_attention(
         *(new or NONE_NEW),
         pages.bits,
         scaling,
+        window,
         backend=backend,
     )

@@ -1,13 +1,13 @@
 """kv_attention_quant: attention over the paged cache, rotated and quantized: the o_proj input.
 
-    x = kv_attention(q, ..., kv_bits, scaling)       narrowed to q.dtype, its heads one row
+    x = kv_attention(q, ..., kv_bits, scaling, window)    narrowed to q.dtype, its heads one row
     codes, scale, zero_point = hadamard_quant(x, order, inner, matrix, bits, ...)
 
 order 0 leaves the rotation out: quantize(x). On each backend it returns the very bits of these two
 calls on that backend; kv_attention.py, hadamard_quant.py and quantize.py have the contract. A row
 that sees nothing is quantized zeros, one with nan has scale nan and codes 0.
 
-    q .. cached_lens, kv_bits, scaling   as in kv_attention, where kv_bits is `bits`
+    q .. window                          as in kv_attention, where kv_bits is `bits`
     order, inner, matrix                 as in hadamard, of rows of K = num_q_heads * head_dim
     codes       [T, K * storage_bits / 8] uint8 when packed, else [T, K] int8 or uint8
     scale       [T, 1]                   fp32
@@ -30,7 +30,7 @@ from lowbit.ops.quantize import QUANTIZE, as_packed_tensor, check_grid, check_pe
 
 def _parts(args: tuple) -> tuple[tuple, tuple]:
     """kv_attention's arguments, and those that follow them."""
-    return args[:15], args[15:]
+    return args[:16], args[16:]
 
 
 def two_calls(args: tuple) -> tuple[tuple, Op, tuple]:
@@ -77,6 +77,7 @@ def _reference(
     cached_lens: Tensor | None,
     kv_bits: int,
     scaling: float,
+    window: int,
     order: int,
     inner: int,
     matrix: Tensor | None,
@@ -87,7 +88,7 @@ def _reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     cache = (k_codes, k_scale, k_zero_point, v_codes, v_scale, v_zero_point)
     new = (k_new, v_new, cached_lens)
-    attention = (q, *cache, block_table, seq_lens, query_start, *new, kv_bits, scaling)
+    attention = (q, *cache, block_table, seq_lens, query_start, *new, kv_bits, scaling, window)
     grid = (order, inner, matrix, bits, symmetric, clip, packed)
     attention, quantizer, grid = two_calls((*attention, *grid))
     return quantizer.reference(KV_ATTENTION.reference(*attention).flatten(1), *grid)
@@ -151,6 +152,7 @@ def kv_attention_quant(
     clip: float = 1.0,
     layout: Layout = Layout.BYTES,
     new: NewTokens | None = None,
+    window: int = 0,
     backend: str | None = None,
 ) -> PackedTensor:
     """q's attention over the sequences in `pages`, a token's heads rotated across and quantized as
@@ -165,6 +167,7 @@ def kv_attention_quant(
         *(new or NONE_NEW),
         pages.bits,
         scaling,
+        window,
         order,
         inner,
         matrix,
