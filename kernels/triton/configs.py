@@ -496,15 +496,11 @@ KV_APPEND = tuple(
 )
 
 
+# fmt: off
 def _kv_attention(
-    q: str,
-    head_dim: int,
-    bits: int,
-    heads: int,
-    queries: float,
-    new: bool = False,
-    window: bool = False,
+    q: str, head_dim: int, bits: int, heads: int, queries: float, new=False, window=False
 ) -> Config:
+    # fmt: on
     words, split = head_words(head_dim, bits), queries == 1
     t = attention_tile(q == "fp32", heads * queries, head_dim, words, new)
     parts = {"row_max": "*fp32", "row_sum": "*fp32"}
