@@ -143,7 +143,7 @@ def parser() -> Parser:
         help="append each row as it is measured; those that it has are not measured again",
     )
     _set_option(p)
-    _text_options(p)
+    _text_options(p, "the Python manual; of a published table NAME=FILE, in its place")
     _calibration_options(p)
     _published_options(p)
     _model_options(p, dtype=False)

@@ -1,6 +1,7 @@
 """What the subcommands that measure accuracy do: eval and table; as in lowbit/commands.py."""
 
 import difflib
+import hashlib
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from lowbit.evaluate import reproduce, table, zero_shot
 from lowbit.evaluate.fake_quant import to_fake
 from lowbit.evaluate.ledger import Ledger
 from lowbit.evaluate.lines import Lines
-from lowbit.evaluate.named_text import MANUAL, MANUAL_WORD, Text, open_text
+from lowbit.evaluate.named_text import MANUAL, MANUAL_WORD, Text, open_text, stand_ins
 from lowbit.evaluate.perplexity import check_prefill_chunk, perplexity
 from lowbit.evaluate.published_rows import CHECKPOINTS, PublishedRow, chosen, model_of, rows_of
 from lowbit.evaluate.rows import Row
@@ -208,7 +209,7 @@ def _tell(row: Row):
 
 def run_published(args) -> Result:
     """Rows of a published table with the recipes that claim them."""
-    for name in ("recipe", "format", "set", "text"):
+    for name in ("recipe", "format", "set"):
         if getattr(args, name):
             raise InputError(f"--{name} must not be given with a published table: its rows say it")
     rows = rows_of(args.target)
@@ -219,10 +220,11 @@ def run_published(args) -> Result:
     device = device_of(args)
     dtype = torch.float32 if device.type == "cpu" else None  # of the checkpoint
     calibration = read_text(args.calibration) if args.calibration else None
-    fake = args.kind == ["fake"]
+    fake, texts = args.kind == ["fake"], stand_ins(args.text or ())
     of = {"model": path, "seed": str(args.seed), "window": str(args.window)}
     of |= {"kind": "fake" if fake else "packed", "device": device.type}
     of |= {name: str(getattr(args, name)) for name in ("limit", "samples", "length", "calibration")}
+    of |= {name: hashlib.sha256(text.text.encode()).hexdigest() for name, text in texts.items()}
     conditions = reproduce.Conditions(
         window=args.window,
         windows=args.limit,
@@ -230,6 +232,7 @@ def run_published(args) -> Result:
         batch_size=zero_shot.batch_size_of(args.batch_size, device),
         task_path=args.task_path,
         fake=fake,
+        texts=texts,
         lines=Lines(args.out and Path(args.out).expanduser()),
         of=of | {"items": str(args.items), "lowbit": str(installed_version("lowbit"))},
     )
@@ -259,7 +262,7 @@ def run_published(args) -> Result:
     for row in rows:
         wanted = tuple(metric for metric in row.metrics if metric in metrics)
         ours, why_not = harness.measure(row, wanted, partial(make, row))
-        found.append((row, reproduce.figures(row, wanted, ours, why_not)))
+        found.append((row, reproduce.figures(row, wanted, ours, why_not, harness.notes)))
         told = reproduce.markdown(found[-1:]).splitlines()[2:]  # hours may lie between two rows
         print("\n".join(told), file=sys.stderr, flush=True)
     note = _about(name, path, same, args)

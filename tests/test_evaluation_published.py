@@ -178,6 +178,24 @@ def test_rows_are_run_and_held_against_the_paper(table, model, tmp_path, monkeyp
         assert table(*command)[0] == found
 
 
+def test_a_file_in_place_of_a_published_text(table, model, tmp_path):
+    """It is said with every figure that it is of another text."""
+    file = tmp_path / "joined.txt"
+    file.write_text("of another text " * 40)
+    command = ["004.1", "--model", model, "--rows", "FP16", "--limit", "2", "--metrics"]
+    command += [PPL, "c4_ppl", "avg_ppl", "--out", tmp_path / "rows.jsonl"]
+    (own,) = table(*command)[0]["rows"]
+    (row,) = table(*command, "--text", f"c4={file}")[0]["rows"]
+    ours = [figure["ours"] for figure in row["figures"]]
+    assert ours[0] == own["figures"][0]["ours"] and ours[2] == (ours[0] + ours[1]) / 2
+    told = "c4 is joined.txt here"
+    assert [figure["why"] for figure in row["figures"]] == [None, told, told]
+    for word in (file, f"c5={file}"):
+        code, err = table(*command, "--text", word)
+        assert code == 2 and "must be NAME=FILE, of wikitext2, ptb, c4, got" in err
+    assert "does not exist" in table(*command, "--text", "c4=nowhere")[1]
+
+
 def test_what_people_see(table, model, capsys):
     words = ["table", "004.1", "--model", str(model), "--rows", "fp16", "--metrics", PPL]
     assert cli.main([*words, "--window", "32", "--limit", "2"]) == 0
@@ -215,7 +233,7 @@ def test_tasks_in_the_metric_that_the_paper_prints(monkeypatch, tmp_path):
     )
     monkeypatch.setattr("lowbit.evaluate.zero_shot.evaluate", evaluate)
     lines = Lines(tmp_path / "rows.jsonl")
-    conditions = reproduce.Conditions(32, None, None, 1, None, False, lines, {})
+    conditions = reproduce.Conditions(32, None, None, 1, None, False, {}, lines, {})
     for table, model, expected in (("000.7", "LLaMA-2-7B", 50.0), ("004.1", "SmolLM-135M", 25.0)):
         row = the_row(table, model, "w16a16", "FP16")
         metrics = tuple(m for m in row.metrics if not m.endswith("_ppl"))
@@ -231,14 +249,14 @@ def test_tasks_in_the_metric_that_the_paper_prints(monkeypatch, tmp_path):
 def test_a_figure_inside_and_outside():
     row = the_row("000.6", "LLaMA-2-7B", "w4a4kv4", "QuaRot, GPTQ")
     for ours, verdict in ((6.2, "yes"), (7.0, "no")):
-        found = reproduce.figures(row, (PPL,), {PPL: ours}, {})
+        found = reproduce.figures(row, (PPL,), {PPL: ours}, {}, {})
         text = reproduce.markdown([(row, found)])
         assert text.splitlines()[-1] == (
             f"| QuaRot, GPTQ | w4a4kv4 | {PPL} | 6.27 | {ours:.3f} | {ours - 6.27:+.3f} | "
             f"6.095 to 6.450 | {verdict} |"
         )
     row = the_row("001.6", "LLaMA-2-7B", "w16a16", "FP16")
-    (found,) = reproduce.figures(row, ("piqa",), {"piqa": 78.0}, {})
+    (found,) = reproduce.figures(row, ("piqa",), {"piqa": 78.0}, {}, {})
     assert found.inside is None and "not public" in found.why
 
 

@@ -12,7 +12,7 @@ lowbit/data. Each is read from texts_folder(), from the hub's cache, or from the
 import difflib
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -109,6 +109,20 @@ def open_text(name: str) -> Text:
     if near and not Path(name).expanduser().exists():
         raise InputError(f"text file {name!r} does not exist; did you mean {near[0]!r}?")
     return Text(Path(name).name, read_text(name))
+
+
+def stand_ins(words: Sequence[str]) -> dict[str, Text]:
+    """The files, each NAME=FILE, that are read in place of published texts."""
+    found = {}
+    for word in words:
+        name, is_pair, path = word.partition("=")
+        if not is_pair or name not in PUBLISHED:
+            raise InputError(
+                f"a text of a published table must be NAME=FILE, of {', '.join(PUBLISHED)}, "
+                f"got {word!r}"
+            )
+        found[name] = Text(Path(path).name, read_text(path), PUBLISHED[name].windows)
+    return found
 
 
 def texts_folder() -> Path:

@@ -32,6 +32,7 @@ class Conditions:
 
     windows  of each text; None: all
     fake     the simulation, not what is packed
+    texts    files in place of published texts, by their names
     of       what tells these results from others in the same file
     """
 
@@ -41,6 +42,7 @@ class Conditions:
     batch_size: int | str
     task_path: str | Path | None
     fake: bool
+    texts: dict[str, Text]
     lines: Lines
     of: dict[str, str]
 
@@ -78,10 +80,12 @@ class Harness:
 
     def __init__(self, metrics: list[str], conditions: Conditions):
         self.conditions = conditions
-        self.texts: dict[str, Text] = {}
+        self.texts: dict[str, Text] = dict(conditions.texts)
         self.why_not: Reasons = {}
+        self.notes: Reasons = {}  # what to know of a figure
         missing: Reasons = {}
-        for name in sorted({name for m in metrics for name in PERPLEXITIES.get(m, ())}):
+        wanted = {name for m in metrics for name in PERPLEXITIES.get(m, ())}
+        for name in sorted(wanted - set(self.texts)):
             try:
                 self.texts[name] = open_text(name)
             except InputError as error:
@@ -90,6 +94,8 @@ class Harness:
             for name in PERPLEXITIES.get(metric, ()):
                 if name in missing:
                     self.why_not[metric] = missing[name]
+                elif name in conditions.texts:
+                    self.notes[metric] = f"{name} is {conditions.texts[name].name} here"
         tasks = {metric: task_of(metric) for metric in metrics if task_of(metric)}
         try:
             if tasks:
@@ -160,12 +166,14 @@ class Harness:
         return 100 * found["acc_norm" if normed else "acc"]
 
 
-def figures(row: PublishedRow, metrics: tuple[str, ...], ours: dict, why_not: Reasons):
+def figures(
+    row: PublishedRow, metrics: tuple[str, ...], ours: dict, why_not: Reasons, notes: Reasons
+) -> list[Figure]:
     """A Figure of each metric, in order."""
     result = []
     for metric in metrics:
         cell, spread, value = row.cell(metric), spread_of(row, metric), ours.get(metric)
-        why = None if value is not None else why_not[metric]
+        why = notes.get(metric) if value is not None else why_not[metric]
         if value is not None and task_of(metric) and row.source in OTHER_HARNESS:
             why = "the paper's harness is not public, ours is lm-eval"
         ends = (spread.low, spread.high) if spread else (None, None)
