@@ -152,7 +152,7 @@ __device__ __forceinline__ void kv_attention_block(const Arguments& a) {
   for (int half = 0; half < 2; ++half) {
     const int local = warp_m * kTileRows + g + 8 * half, index = rows.index(a, kv_head, local);
     row_at[half] = index < 0 ? -1 : static_cast<int64_t>(index) * a.head_dim;
-    seen_end[half] = index < 0 ? pages_end : rows.seen(a, local);
+    seen_end[half] = index < 0 ? rows.before + last_query : rows.seen(a, local);
   }
   if constexpr (T::kSharedQueries) {
     constexpr int kWarpBytes = kTileRows * T::kDim * 2;

@@ -197,7 +197,7 @@ __device__ __forceinline__ void score(float (&s)[4][4], const Queries<T>& q, uin
 
 // Step 4: scores to p, with the state's maximum and sum; then what is before times `shrink`.
 // seen_end: where what rows g and g + 8 see ends; there_end: the positions; both from the tile's
-// first position on.
+// first position on; row g + 8 sees no less far than row g.
 template <class T>
 __device__ __forceinline__ void soften(State<T>& state, float (&s)[4][4], const Queries<T>& q,
                                        const int (&seen_end)[2], int there_end, int window,
