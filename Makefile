@@ -8,7 +8,7 @@ TRITON ?= triton==3.9.0
 
 BIN := .venv/bin
 # A process a core, each of one thread: OpenMP's threads wait by spinning.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup --durations=15
 READY := .venv/.ready
 BRINGS_TRITON := $(BIN)/python -c 'import importlib.metadata as m, sys; \
     sys.exit(not any(r.startswith("triton") for r in m.requires("torch") or ()))'
