@@ -137,8 +137,9 @@ def windows(backend: str) -> dict[str, Batch]:
     }
 
 
-@kernels("dtype,bits", cuda=product(DTYPES["cuda"], [4, 8]), triton=[(FP16, 4)])
-@pytest.mark.parametrize("new", [None, 5])
+@kernels(
+    "dtype,bits,new", cuda=product(DTYPES["cuda"], [4, 8], [None, 5]), triton=[(FP16, 4, None)]
+)
 @pytest.mark.parametrize("name", windows("cuda"))
 def test_every_window(backend, name, new, dtype, bits):
     check_attention(backend, windows(backend)[name], dtype, bits=bits, page_size=7, new=new)

@@ -19,6 +19,7 @@ from models import tiny_llama, tiny_tokenizer
 from lowbit import parallel, streams
 from lowbit.errors import InputError
 
+pytestmark = pytest.mark.xdist_group("parallel")  # its jobs are run once
 SHARE, FLOATS, REPORT = 1e-3, 1e-5, 5e-3  # of bytes that differ; relative, of the largest; relative
 
 

@@ -22,6 +22,7 @@ from lowbit.models import adapter_of
 from lowbit.tensor_parallel import parts_of
 from lowbit.tensors import named_tensors, read_tensors, tensor_files
 
+pytestmark = pytest.mark.xdist_group("tensor parallel")  # its jobs are run once
 NOT_TO_THE_BIT = {"w4a16kv4g32": 1e-5, "four ranks": 1e-2, "weights alone": 1e-5, jobs.GPTQ: 2e-3}
 
 
