@@ -65,10 +65,10 @@ class Stream:
         return other
 
     def head(self, tokens: int) -> "Stream":
-        """Of the first windows, at least so many tokens in whole batches; all where there are
-        fewer. A process may have none of them."""
-        batches = -(-tokens // (self.batch * self.length))
-        left = len(range(min(self.windows, batches * self.batch))[parallel.own()])
+        """Of the first windows, at least so many tokens; all where there are fewer. A process may
+        have none of them."""
+        windows = -(-tokens // self.length)
+        left = len(range(min(self.windows, windows))[parallel.own()])
         other = copy.copy(self)
         other.hidden = []
         for piece in self.hidden:

@@ -13,7 +13,7 @@ from lowbit.errors import InputError
 from lowbit.nn import QuantKVCache, StaticQuantKVCache, fuse
 
 KINDS = {"growing": QuantKVCache, "static": StaticQuantKVCache}
-ROWS, PROMPT, NEW = 16, 6, 242  # 248 of the 256 positions
+ROWS, PROMPT, NEW = 64, 6, 242  # 248 of the 256 positions
 
 
 def endless(model):
