@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from lowbit.finished import FinishedBlock
 from lowbit.flattening import Flat
 from lowbit.formats import IntFormat, PackedTensor, QuantFormat
+from lowbit.learning_attention import QuantizedKV, attend_through
 from lowbit.ops import dequantize
 from lowbit.reach import unreached_experts
 from lowbit.recipes import Recipe
@@ -67,7 +68,8 @@ class Executor:
         self.say, self.show = say, show
         self.generator = torch.Generator().manual_seed(seed)
         self.adapter, self.rounder = fitted.adapter, recipe.rounding
-        self.activation_clip, _ = recipe.clips(format)
+        self.activation_clip, self.kv_clip = recipe.clips(format)
+        self.device = model.device
         needed = needed_streams(recipe, format)
         stream = Stream(model, self.adapter, windows) if needed else None
         self.full = stream if "full" in needed else None
@@ -116,7 +118,7 @@ class Executor:
             original = copy.deepcopy(block)
         elif self.full and "full" not in self.rounder.streams:
             self.full.advance(block)  # while it is in full precision
-        handles += self._hook_quantizers(block)
+        handles += self._hook_quantizers(block, index)
         if problem is None:
             rounded, learned = self._round(block, original, index), {}
         else:
@@ -149,7 +151,7 @@ class Executor:
         if self.full:
             self.full.advance(block)
         finished.put_into(block)
-        handles += self._hook_quantizers(block)
+        handles += self._hook_quantizers(block, index)
         self._leave(block, handles)
 
     def _leave(self, block: nn.Module, handles: list):
@@ -325,16 +327,24 @@ class Executor:
         linear.weight.copy_(rounded)
         return packed, report
 
-    def _hook_quantizers(self, block: nn.Module) -> list:
-        """Handles of the hooks that quantize what the linears read, where the rounder asks."""
-        if self.format.activation is None or not self.rounder.quantized_inputs:
+    def _hook_quantizers(self, block: nn.Module, index: int) -> list:
+        """Handles of the hooks that quantize what the linears read, and K and V, where the rounder
+        asks."""
+        if not self.rounder.quantized_inputs:
             return []
+        handles = []
+        if self.format.kv is not None:
+            rotation = self.fitted.query_key_at(index)
+            clip = self.flat.clips.get(self.adapter.attention, self.kv_clip)
+            kv = QuantizedKV(self.format.kv, rotation and rotation.apply, clip, self.device)
+            handles.append(attend_through(block.get_submodule(self.adapter.attention), kv))
+        if self.format.activation is None:
+            return handles
 
         def quantizer(format: IntFormat, clip: float):
             return lambda _module, args: (quantized_through(args[0], format, clip), *args[1:])
 
         clips = dict.fromkeys(self.adapter.linears, self.activation_clip) | self.flat.clips
-        handles = []
         for name in self.adapter.linears:
             linear = block.get_submodule(name)
             format = self.adapter.input_format(name, linear.in_features, self.format.activation)

@@ -23,20 +23,20 @@ from torch import Tensor, nn
 
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, QuantFormat
-from lowbit.learning_attention import attend_through
+from lowbit.learning_attention import BEFORE, QuantizedKV, attend_through
 from lowbit.models import Adapter
 from lowbit.rounding.autoround import check_count, check_rate
 from lowbit.rounding.block import BlockProblem, LearnedBlock, Tensors, batches, learn
 from lowbit.rounding.learned import FIRST_LOGIT, Clipping, clipped_through
-from lowbit.transforms import FittedTransforms, Map, OnlineTransform, Rotation
+from lowbit.transforms import FittedTransforms, Map, OnlineTransform
 from lowbit.transforms.channels import fuse_scale
 from lowbit.transforms.maps import LearningMap
 from lowbit.transforms.rotation import apply_stages
 
 LEAST_LR = 1e-3  # what is left of a learning rate at the end, as a share
 LEAST_LOGIT = -8.0  # of a clip, which must not reach 0
-# Names of the modules that are put into a block while it is learned.
-INPUT, KV = "lowbit_input", "before_attending"
+# Name of the modules that are put in front of a block's stages while it is learned.
+INPUT = "lowbit_input"
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,8 @@ class FlatBlock(LearnedBlock):
             grid = adapter.input_format(stage[0], width, self.format.activation)
             _install_input(block, stage, _Input(base, grid))
         if self.format.kv is not None:
-            turn = next((r for r in self.fitted.rotations if r.space == "query_key"), None)
-            kv = _KV(self.format.kv, turn and turn.at(index))
+            rotation = self.fitted.query_key_at(index)
+            kv = QuantizedKV(self.format.kv, rotation and rotation.apply)
             attend_through(block.get_submodule(adapter.attention), kv)
 
     def _online(self, learning: LearningMap) -> tuple[str, ...]:
@@ -239,7 +239,7 @@ class FlatBlock(LearnedBlock):
                 for i, matrix in enumerate(forward):
                     changed[f"{name}.{INPUT}.matrix_{i}"] = matrix
         for place, logit in zip(self.places, self.logits, strict=True):
-            module = KV if place == self.adapter.attention else INPUT
+            module = BEFORE if place == self.adapter.attention else INPUT
             changed[f"{place}.{module}.clip"] = logit.sigmoid()
         return changed
 
@@ -302,18 +302,3 @@ def _install_input(block: nn.Module, stage: tuple[str, ...], module: _Input):
     first.register_forward_pre_hook(compute)
     for linear in others:
         linear.register_forward_pre_hook(share)
-
-
-class _KV(nn.Module):
-    """q and k turned alike, k and v quantized."""
-
-    def __init__(self, format: IntFormat, turn: Rotation | None):
-        super().__init__()
-        self.format, self.turn = format, turn
-        self.clip = nn.Parameter(torch.ones(()), requires_grad=False)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.turn is not None:
-            query, key = self.turn.apply(query), self.turn.apply(key)
-        key, value = (clipped_through(x, self.format, self.clip) for x in (key, value))
-        return query, key, value

@@ -25,14 +25,13 @@ from transformers import PreTrainedModel
 from lowbit import parallel
 from lowbit.errors import InputError
 from lowbit.formats import IntFormat, QuantFormat
-from lowbit.learning_attention import attend_through
+from lowbit.learning_attention import QuantizedKV, attend_through
 from lowbit.progress import Progress
 from lowbit.rounding.grid import check_clip, weight_grid
 from lowbit.rounding.learned import clipped_through, simulate
 from lowbit.transforms import FittedTransforms, Rotation
 from lowbit.transforms.cayley import CayleySGD
 from lowbit.transforms.learned import LearnedRotation, Learner
-from lowbit.transforms.online import OnlineTransform
 
 SAVE_EVERY = 10  # steps; as often ranges of weights are searched for anew
 TOKENS_AT_ONCE = 2048  # of one forward: weights are turned anew in each
@@ -189,10 +188,13 @@ def _trainable(
             for name in adapter.spaces[space].float_readers:
                 block.get_submodule(name).register_forward_pre_hook(_turn_back(learner))
         fixed.hook_online(block, index)
-        turn = _turn(turns.get("query_key"), fixed.query_key, index)
-        attend_through(
-            block.get_submodule(adapter.attention), _before_attending(format.kv, kv_clip, turn)
-        )
+        if format.kv is not None:
+            learner, rotation = turns.get("query_key"), fixed.query_key_at(index)
+            turn = rotation and rotation.apply
+            if learner is not None:
+                turn = partial(learner.turn, index=index)
+            kv = QuantizedKV(format.kv, turn, kv_clip, model.device)
+            attend_through(block.get_submodule(adapter.attention), kv)
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     for space, learner in turns.items():
         ends = adapter.spaces[space]
@@ -261,23 +263,3 @@ def _turn_output(learner: Learner):
 
 def _turn_back(learner: Learner):
     return lambda _module, args: (args[0] @ learner.matrices()[0][0].T, *args[1:])
-
-
-def _before_attending(kv: IntFormat | None, clip: float, turn):
-    """q and k turned alike, k and v quantized; nothing where the format keeps K and V."""
-
-    def before(query: Tensor, key: Tensor, value: Tensor):
-        if kv is None:
-            return query, key, value
-        return turn(query), _quantized(turn(key), kv, clip), _quantized(value, kv, clip)
-
-    return before
-
-
-def _turn(learner: Learner | None, rotation: OnlineTransform | None, index: int):
-    """How one block turns q and k."""
-    if learner is not None:
-        return lambda x: learner.turn(x, index)
-    if rotation is not None:
-        return Rotation("query_key", rotation, None).apply
-    return lambda x: x

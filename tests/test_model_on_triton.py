@@ -13,6 +13,7 @@ from lowbit.recipes.quarot import ROTATIONS
 from lowbit.rounding import RTN
 
 pytestmark = pytest.mark.interpret
+BLOCKS = 6
 RECIPE = lowbit.Recipe("test", "rotated, rounded to nearest", "", RTN(), ROTATIONS)
 
 
@@ -52,7 +53,10 @@ def test_tiny_model(quantized, format):
 @pytest.mark.slow
 @torch.no_grad()
 def test_real_model(quantized):
+    """Its first blocks: interpreted, each takes ten seconds, and all launch the same kernels."""
     model, tokenizer = load_source(PACKAGED, torch.float32)
+    model.model.layers = model.model.layers[:BLOCKS]
+    model.config.num_hidden_layers = BLOCKS
     tokens = tokenize(tokenizer, manual_text("evaluation"))[None, :8]
     full = model(tokens).logits
     model = quantized(model, "w4a4kv4")

@@ -3,8 +3,8 @@
     minimize   sum |block(x; Q(W; p)) - y|^2        over p, the parameters of its quantizers
 
 x enters the block, y is what the block made of it in full precision. Of the samples a random batch
-at a time; where the format quantizes activations, hooks quantize what the linears read, straight
-through for gradients. The KV cache is not quantized here.
+at a time; where the format quantizes activations or the KV cache, hooks quantize what the linears
+read, K and V, straight through for gradients.
 
 Where several processes calibrate, each has its share of the samples; batches, losses and gradients
 are those of all.

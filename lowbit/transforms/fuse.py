@@ -59,17 +59,20 @@ class FittedTransforms:
 
     @property
     def query_key(self) -> OnlineTransform | None:
-        return next((r.base for r in self._in_query_key()), None)
+        rotation = self.query_key_at(0)
+        return rotation and rotation.base
 
-    def _in_query_key(self):
-        return (r for r in self.rotations if r.space == "query_key")
+    def query_key_at(self, index: int) -> Rotation | None:
+        """The rotation of q and k in block `index`."""
+        return next((r.at(index) for r in self.rotations if r.space == "query_key"), None)
 
     def learned_matrices(self, index: int) -> dict[str, tuple[Tensor, ...]]:
         """What lowbit.nn.OnlineMap.assign takes in block `index`: by linear, and for q and k by the
         name of the attention."""
         online = self._online(index)
-        for rotation in self._in_query_key():
-            online[self.adapter.attention] = rotation.at(index)
+        rotation = self.query_key_at(index)
+        if rotation is not None:
+            online[self.adapter.attention] = rotation
         return {name: rotation.learned for name, rotation in online.items() if rotation.learned}
 
     def _online(self, index: int) -> dict[str, Rotation]:
