@@ -38,6 +38,7 @@ from lowbit.recipes.quarot import ROTATIONS
 from lowbit.streams import Stream
 from lowbit.training import Training, _trainable
 from lowbit.transforms import FoldNorms, LearnRotation, fit, rotate
+from lowbit.transforms.channels import fuse_scale
 
 CONFIGS = {
     "granite": tiny_config(
@@ -110,6 +111,22 @@ def test_transforms_leave_fp64_logits_unchanged(config, transforms):
     model = tiny_model(config, torch.float64)
     before = model(tiny_tokens()).logits
     rotate(model, transforms, adapter_for(model.config), 0)
+    after = model(tiny_tokens()).logits
+    assert (after - before).abs().max() < 1e-9 * before.abs().max()
+
+
+@torch.no_grad()
+def test_scales_leave_fp64_logits_unchanged(config):
+    """Of channels of norm outputs and values, and those between q and k, which RoPE turns."""
+    model = tiny_model(config, torch.float64)
+    adapter, generator = adapter_for(model.config), torch.Generator().manual_seed(0)
+    before = model(tiny_tokens()).logits
+    for block in model.get_submodule(adapter.block_path):
+        for space in adapter.spaces.values():
+            if space.scale_writers:
+                size = space.dim * space.inner
+                scale = torch.rand(size, generator=generator, dtype=torch.float64) + 0.2
+                fuse_scale(block, space, scale)
     after = model(tiny_tokens()).logits
     assert (after - before).abs().max() < 1e-9 * before.abs().max()
 

@@ -19,6 +19,7 @@ from lowbit.rounding.block import BlockProblem, LearnedBlock, batches, descent
 from lowbit.rounding.learned import simulate
 from lowbit.rounding.rtn import packed_weight
 from lowbit.streams import Stream
+from lowbit.transforms import Ones, Scale
 
 FORMATS = [
     IntFormat(4),
@@ -29,7 +30,7 @@ FORMATS = [
     IntFormat(4, True, 32, two_level=True),
 ]
 TWO_BITS = IntFormat(2, False, 32)
-LET_SPACES = ("attention_input", "mlp_input", "value_channels")
+LET_SPACES = ("attention_input", "mlp_input", "value_channels", "query_key_channels")
 CALIBRATION = tiny_tokens(16, 32, seed=9)
 ROUNDERS = [AutoRound(20), OmniQuant(epochs=3, batch=4), OmniQuant(3, 4, learn_scales=True)]
 NAMES = ["autoround", "omniquant", "omniquant-let"]
@@ -236,6 +237,22 @@ def test_quantized_inputs_are_learned_with():
         assert report["blocks"].keys() == {"0", "1"}
         for found in report["blocks"].values():
             assert found["error"] < 0.985 * found["rtn_error"]
+
+
+def test_a_scale_between_q_and_k_is_learned_for_quantized_k():
+    """Of one loud channel of K: 4 bits leave the others little of a token's range."""
+    errors = {}
+    for spaces in (("value_channels",), ("value_channels", "query_key_channels")):
+        model, recipe = tiny_llama(), lowbit.RECIPES["omniquant-let"]
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight[3] *= 12
+            layer.self_attn.q_proj.weight[[3, 19]] /= 12  # of both heads that meet it
+        recipe = replace(recipe, transforms=tuple(Scale(space, Ones()) for space in spaces))
+        recipe = overridden(recipe, ["rounding.epochs=8", "rounding.scale_learning_rate=0.1"])
+        lowbit.quantize(model, recipe, "w8a16kv4", CALIBRATION, progress=False)
+        errors[spaces] = model.lowbit_config.report["blocks"]["0"]["error"]
+    alone, both = errors.values()
+    assert both < 0.5 * alone
 
 
 @pytest.mark.parametrize("num_heads", [4, 3])

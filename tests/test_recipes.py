@@ -71,7 +71,7 @@ def test_autoround_and_omniquant_have_the_settings_of_the_tables():
     assert sum(row.startswith("AutoRound") for row in found) == 8
     assert recipe_named("omniquant").rounding == OmniQuant(20, 1, 1e-2)
     scaled = recipe_named("omniquant-let")
-    assert scaled.rounding == OmniQuant(learn_scales=True) and len(scaled.scales) == 3
+    assert scaled.rounding == OmniQuant(learn_scales=True) and len(scaled.scales) == 4
 
 
 def test_a_field_that_is_none_can_be_set():

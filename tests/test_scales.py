@@ -10,6 +10,7 @@ import lowbit
 from lowbit.errors import InputError
 from lowbit.formats import QuantFormat
 from lowbit.models import adapter_for
+from lowbit.models.spaces import Space
 from lowbit.recipes.quarot import ROTATIONS
 from lowbit.streams import Stream
 from lowbit.transforms import AWQ, OutlierSuppressionPlus, Scale, SmoothQuant, fit
@@ -22,7 +23,7 @@ SHAPES = {"heads alike": (64, 96, 4, 4), "grouped": (96, 128, 6, 2), "one KV hea
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", [*SPACES, "query_key_channels"])
 def test_a_scale_leaves_fp64_logits_unchanged(space, shape):
     model = tiny_llama(*SHAPES[shape], bias=True, dtype=torch.float64)
     space = adapter_for(model.config).spaces[space]
@@ -106,6 +107,17 @@ def test_a_scale_behind_an_online_rotation_is_refused():
     adapter = adapter_for(tiny_llama().config)
     with pytest.raises(InputError, match="a scale of mlp_hidden cannot be fused behind the online"):
         fit((*ROTATIONS, Scale("mlp_hidden", AWQ())), adapter, 0)
+
+
+def test_a_scale_without_readers_cannot_be_fitted():
+    adapter = adapter_for(tiny_llama().config)
+    with pytest.raises(InputError, match=r"query_key_channels is learned.* must be Ones, got AWQ"):
+        fit((Scale("query_key_channels", AWQ()),), adapter, 0)
+
+
+def test_features_that_turn_together_have_one_scale():
+    space = Space(2, inner=6, turned=4)
+    assert space.tied(torch.arange(12)).tolist() == [0, 1, 0, 1, 4, 5, 6, 7, 6, 7, 10, 11]
 
 
 @pytest.mark.parametrize("recipe", ["smoothquant", "awq", "os+", "dartquant"])

@@ -10,11 +10,11 @@ from lowbit.models.minicpm import minicpm
 from lowbit.models.mixtral import mixtral
 from lowbit.models.phi import phi
 from lowbit.models.phi3 import phi3
+from lowbit.models.qwen3 import qwen3
 from lowbit.models.spaces import Adapter
 
 # By config.model_type. Those that llama describes share its modules' names: Mistral without biases,
-# Qwen2 with those of q, k and v, Qwen3 with norms of q and k, which stay where they are, SmolLM3
-# with layers without RoPE.
+# Qwen2 with those of q, k and v, SmolLM3 with layers without RoPE.
 ADAPTERS = {
     "granite": granite,
     "llama": llama,
@@ -24,7 +24,7 @@ ADAPTERS = {
     "phi": phi,
     "phi3": phi3,
     "qwen2": llama,
-    "qwen3": llama,
+    "qwen3": qwen3,
     "smollm3": llama,
 }
 

@@ -14,7 +14,8 @@ GATE_UP = ("mlp.gate_up_proj",)
 def phi3(config: PreTrainedConfig) -> Adapter:
     """The adapter of one Phi-3 configuration."""
     unfused = llama(config)
-    spaces, dim = unfused.spaces, unfused.spaces["value"].dim
+    spaces, dim = dict(unfused.spaces), unfused.spaces["value"].dim
+    del spaces["query_key_channels"]  # the rows of q and of k are in one linear
     first = (config.num_attention_heads + config.num_key_value_heads) * dim
     values = (first, first + config.num_key_value_heads * dim)
     up = (config.intermediate_size, 2 * config.intermediate_size)

@@ -38,8 +38,13 @@ class Space:
                    features or bends them
     float_readers  modules with a weight that read it too and stay in full precision, as a router
                    does: what is fused reaches them, what runs online for the readers does not
-    repeat         a reader's columns hold each run of `inner` features this many times in a row
-                   (V of one KV head, for all the query heads that share it); only for scales
+    repeat         a reader's columns, and what is multiplied, hold each run of `inner` features so
+                   many times in a row (of a KV head, for all the query heads that share it); only
+                   for scales
+    multiplied     modules whose features meet those of the space in products, run by run: what a
+                   scale divides here, it multiplies there (q, where the space is k's)
+    turned         the first features of a run that are turned in pairs, i with i + turned / 2, as
+                   RoPE does: a pair has one scale, that of its first
     judge          the module whose output says what a scale is worth: it holds all readers; "" is
                    the block
     rows           (first, last + 1) of what a writer computes that is in the space, of linears that
@@ -54,6 +59,8 @@ class Space:
     head: str | None = None  # outside the blocks
     scale_writers: tuple[str, ...] = ()
     repeat: int = 1
+    multiplied: tuple[str, ...] = ()
+    turned: int = 0
     judge: str | None = None
     rows: tuple[int, int] | None = None
     float_readers: tuple[str, ...] = ()
@@ -62,6 +69,15 @@ class Space:
     def fused_readers(self) -> tuple[str, ...]:
         """All that must change where what writes the space does."""
         return self.float_readers + self.readers
+
+    def tied(self, scale: Tensor) -> Tensor:
+        """scale [dim * inner] with one number for both features of a turned pair."""
+        if not self.turned:
+            return scale
+        pair, _, rest = scale.view(self.dim, self.inner).split(
+            (self.turned // 2, self.turned // 2, self.inner - self.turned), 1
+        )
+        return torch.cat((pair, pair, rest), 1).flatten()
 
     def written(self, tensor: Tensor) -> Tensor:
         """A view of the rows in the space, of a writer's weight [N, K], bias or output [N, ...]."""
@@ -124,6 +140,7 @@ SPACES = (
     "attention_input",
     "mlp_input",
     "value_channels",
+    "query_key_channels",
 )
 
 
@@ -144,6 +161,7 @@ class Adapter:
             attention_input, mlp_input: what a norm writes, channels that only a scale can reach;
             without mlp_input attention_input is the MLP's too
             value_channels: all values of a block, channel by channel
+            query_key_channels: all keys of a block, and the queries that meet them
     scores  linears that make attention's scores: where clipping weights costs most
     attention_parts, mlp_parts  for lowbit.nn, which takes their place; None for an MLP without a
             gate, which stays: its linears quantize what they read

@@ -3,7 +3,7 @@
 from lowbit.recipes.recipe import Calibration, Recipe
 from lowbit.recipes.scales import NORM_OUTPUTS, scaled
 from lowbit.rounding import OmniQuant as OmniQuantRounder
-from lowbit.transforms import SmoothQuant
+from lowbit.transforms import Ones, Scale, SmoothQuant
 
 SOURCE = "Shao et al. 2024, arXiv 2308.13137"
 
@@ -24,5 +24,8 @@ OMNIQUANT_LET = Recipe(
     summary="ranges and channel scales learned block by block, the scales from SmoothQuant's",
     source=SOURCE,
     rounding=OmniQuantRounder(learn_scales=True),
-    transforms=scaled(SmoothQuant(alpha=0.5), *NORM_OUTPUTS, "value_channels"),
+    transforms=(
+        *scaled(SmoothQuant(alpha=0.5), *NORM_OUTPUTS, "value_channels"),
+        Scale("query_key_channels", Ones()),
+    ),
 )

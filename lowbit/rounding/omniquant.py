@@ -7,8 +7,8 @@ Shao et al. 2024, "OmniQuant: Omnidirectionally Calibrated Quantization for Larg
     learnable equivalent transformation   (x / s) (W diag(s))^T, lowbit/transforms/channels.py
 
 (sections 3.2 and 3.3), both by AdamW without weight decay. The scales are those of the recipe's
-Scale transforms, learned further. Left out: the scale between q and k, which only serves quantized
-inputs of attention's own products; shifts, which need biases that RMSNorm models lack.
+Scale transforms, learned further; that between q and k serves quantized K. Left out: shifts, which
+need biases that RMSNorm models lack.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ from lowbit.transforms.learned import LearnedRotation, LearnRotation
 from lowbit.transforms.maps import LearnMap, Map
 from lowbit.transforms.online import OnlineTransform
 from lowbit.transforms.rotation import Rotate, Rotation
-from lowbit.transforms.scale import AWQ, OutlierSuppressionPlus, Scale, SmoothQuant
+from lowbit.transforms.scale import AWQ, Ones, OutlierSuppressionPlus, Scale, SmoothQuant
 
 __all__ = [
     "AWQ",
@@ -15,6 +15,7 @@ __all__ = [
     "LearnRotation",
     "LearnedRotation",
     "Map",
+    "Ones",
     "OnlineTransform",
     "OutlierSuppressionPlus",
     "Rotate",

@@ -13,7 +13,7 @@ from lowbit.transforms.maps import LearnMap, Map
 from lowbit.transforms.norms import centre_embedding, centre_writer, fold
 from lowbit.transforms.online import OnlineTransform
 from lowbit.transforms.rotation import Rotate, Rotation
-from lowbit.transforms.scale import Scale
+from lowbit.transforms.scale import Ones, Scale
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,11 @@ def _why_not(transform, adapter: Adapter) -> str | None:
         return "the architecture has no such space"
     if isinstance(transform, Scale) and not space.scale_writers:
         return "nothing that writes it can be divided"
+    if isinstance(transform, Scale) and not (space.readers or isinstance(transform.fit, Ones)):
+        raise InputError(
+            f"a scale of {transform.space} is learned, not fitted: fit must be Ones, got "
+            f"{transform.fit}"
+        )
     return None
 
 

@@ -77,18 +77,24 @@ class OutlierSuppressionPlus:
 
 
 @dataclass(frozen=True)
+class Ones:
+    """s = 1: for a block rounder to learn from there, as OmniQuant does between q and k."""
+
+
+@dataclass(frozen=True)
 class Scale:
-    """Scales the channels of `space`, fitted to each block."""
+    """Scales the channels of `space`, fitted to each block. With no readers there is nothing to
+    fit to: there `fit` must be Ones."""
 
     space: str
-    fit: SmoothQuant | AWQ | OutlierSuppressionPlus
+    fit: SmoothQuant | AWQ | OutlierSuppressionPlus | Ones
 
     def fit_and_fuse(
         self, block: nn.Module, space: Space, stream: Stream, format: QuantFormat, clip: float
     ) -> tuple[Tensor, dict]:
         """Fit to full-precision activations entering the block, and fuse: the scale [dim * inner],
         1 where none reach the space, and what was found."""
-        channels = channels_of(block, space, stream)
+        channels = None if isinstance(self.fit, Ones) else channels_of(block, space, stream)
         if channels is None:
             return torch.ones(space.dim * space.inner, device=stream.device), {}
         candidates = list(self.fit.candidates(channels))
