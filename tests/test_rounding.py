@@ -228,6 +228,18 @@ def test_clip_search_takes_the_least_error(weight, format):
     torch.testing.assert_close(got, least, rtol=1e-5, atol=0)  # ties within fp32 rounding
 
 
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_symmetric_range_has_its_zero_in_the_middle(weight, bits, group_size):
+    """maxq = 2^b - 1, scale = 2 max|w| / maxq, zero = (maxq + 1) / 2 in GPTQ's code."""
+    found = weight_grid(weight, IntFormat(bits, False, group_size), "symmetric")
+    largest = weight.unflatten(-1, (found.scale.shape[-1], -1)).abs().amax(-1)
+    assert_bitwise(found.scale, (2 * largest / (2**bits - 1)).to(found.scale.dtype))
+    assert (found.zero_point == 2 ** (bits - 1)).all()
+    symmetric = IntFormat(bits, True, group_size)
+    assert_bitwise(weight_grid(weight, symmetric, "symmetric"), weight_grid(weight, symmetric))
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("clip", ["output", "output-symmetric"])
 def test_output_clip_loses_least_at_the_output_of_each_group(weight, format, clip):

@@ -2,6 +2,8 @@
 
 clip    what the ranges are shrunk for, of the widest among equals
 "none"    nothing: each group has its whole range
+"symmetric"  nothing, but both ends of an asymmetric range are at the largest magnitude: the grid
+          of GPTQ's symmetric mode, 2^b - 1 steps around a zero in the middle
 "weight"  the least sum |w - dequantized w|^2.4 of a group, 80 steps down to 0.21 of the range
           (IST-DASLab's GPTQ, "mse"). Weight MSE is not the loss: it can hurt an unrotated model
 "output"  the least error of a group's share of the output over the calibration tokens, 10 steps
@@ -11,6 +13,7 @@ clip    what the ranges are shrunk for, of the widest among equals
           which costs an asymmetric grid of 2 bits most of what it is for
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +23,7 @@ from lowbit.errors import InputError
 from lowbit.formats import GROUP_SCALE_MAX, MIN_SCALE, IntFormat
 from lowbit.ops.quantize import grid_of
 
-CLIPS = ("none", "weight", "output", "output-symmetric")
+CLIPS = ("none", "symmetric", "weight", "output", "output-symmetric")
 WEIGHT_STEPS = tuple(1 - i / 100 for i in range(80))
 OUTPUT_STEPS = tuple(1 - i / 20 for i in range(10))
 ERROR_NORM = 2.4
@@ -51,6 +54,15 @@ def weight_grid(
     scale_dtype = torch.float32 if format.two_level else format.weight_scale_dtype
     if clip == "none":
         scale, zero_point = grid_of(weight, format, 1.0, scale_dtype)
+    elif clip == "symmetric":
+        groups = weight.unflatten(-1, (format.num_groups(weight.shape[-1]), -1))
+        largest = groups.abs().amax(-1)
+        if format.symmetric:
+            return grid_of_ends(largest, format)
+        found = grid_of_ends(torch.stack((-largest, largest), -1).flatten(-2), format)
+        # -lo / scale is a tie, which the rounding of the scale would break either way
+        middle = torch.full_like(found.zero_point, 1 << format.bits - 1)
+        return found._replace(zero_point=middle)
     else:
         blocks = _diagonal_blocks(hessian, format) if clip != "weight" else None
         cut = clip == "output-symmetric"
@@ -60,6 +72,13 @@ def weight_grid(
         scale = torch.cat([scale for scale, _ in parts])
         zero_point = None if format.symmetric else torch.cat([zero for _, zero in parts])
     return two_levels(scale) if format.two_level else WeightGrid(scale, zero_point)
+
+
+def grid_of_ends(ends: Tensor, format: IntFormat) -> WeightGrid:
+    """The grid of groups of which only the ends of their ranges are given, [N, G] or [N, 2 G]."""
+    if format.group_size is not None:
+        format = replace(format, group_size=1 if format.symmetric else 2)
+    return weight_grid(ends, format)
 
 
 def check_clip(clip: str):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor, nn, stack
 
 from lowbit.formats import IntFormat
-from lowbit.rounding.grid import WeightGrid, fake_quantize, weight_grid
+from lowbit.rounding.grid import WeightGrid, fake_quantize, grid_of_ends
 
 FIRST_LOGIT = 4.0  # of a share that is learned: sigmoid(4) = 0.982, nearly the whole range
 
@@ -70,7 +70,7 @@ def simulate(
         bottom = groups.amin(-1).clamp(max=0) * low
         top = groups.amax(-1).clamp(min=0) * high
         ends, span = stack((bottom, top), -1).flatten(-2), top - bottom
-    grid = _grid_of_ends(ends.detach(), format)
+    grid = grid_of_ends(ends.detach(), format)
 
     scale, channel_scale = span / format.qmax, grid.channel_scale
     if channel_scale is not None:
@@ -89,13 +89,6 @@ def simulate(
     if channel_scale is not None:
         values = values * channel_scale
     return Simulated(values, codes.detach().flatten(-2), grid)
-
-
-def _grid_of_ends(ends: Tensor, format: IntFormat) -> WeightGrid:
-    """The grid of groups of which only the ends of their ranges are given, [N, G] or [N, 2 G]."""
-    if format.group_size is not None:
-        format = replace(format, group_size=1 if format.symmetric else 2)
-    return weight_grid(ends, format)
 
 
 class Clipping(nn.Module):
