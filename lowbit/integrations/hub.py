@@ -65,16 +65,12 @@ class PackedModel:
         self,
         repo_id: str,
         *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
         max_shard_size: int | str = "5GB",
         tags: list[str] | str = (),
+        **options,
     ):
         """Upload what save_pretrained writes, the card included; returns huggingface_hub's answer.
+        options: `upload`'s.
 
         A card that the repository has already stays as it is there. The tokenizer is pushed by its
         own push_to_hub.
@@ -83,16 +79,7 @@ class PackedModel:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             write_card(Path(folder), self, tags)
-            return upload(
-                Path(folder),
-                repo_id,
-                commit_message=commit_message,
-                commit_description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
+            return upload(Path(folder), repo_id, **options)
 
     def __reduce_ex__(self, protocol):
         """The class is made at run time: pickle and copy find it by the one it is made of."""
