@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from lowbit.models.spaces import Adapter, Norm, Space
+from lowbit.models.spaces import Adapter, Norm, Space, head_spaces
 
 QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -29,15 +29,15 @@ def llama(config: PreTrainedConfig) -> Adapter:
                 embedding="model.embed_tokens",
                 head="lm_head",
             ),
-            "value": Space(head_dim, writers=("self_attn.v_proj",), readers=("self_attn.o_proj",)),
-            "heads": Space(num_heads, inner=head_dim, readers=("self_attn.o_proj",)),
+            **head_spaces(
+                num_heads, num_kv_heads, head_dim, "self_attn.v_proj", "self_attn.o_proj"
+            ),
             "mlp_hidden": Space(
                 config.intermediate_size,
                 readers=("mlp.down_proj",),
                 scale_writers=("mlp.up_proj",),
                 judge="mlp.down_proj",
             ),
-            "query_key": Space(head_dim),
             "attention_input": Space(
                 config.hidden_size,
                 readers=QUERY_KEY_VALUE,
@@ -49,14 +49,6 @@ def llama(config: PreTrainedConfig) -> Adapter:
                 readers=GATE_UP,
                 scale_writers=("post_attention_layernorm",),
                 judge="mlp",
-            ),
-            "value_channels": Space(
-                num_kv_heads,
-                inner=head_dim,
-                readers=("self_attn.o_proj",),
-                scale_writers=("self_attn.v_proj",),
-                repeat=num_heads // num_kv_heads,
-                judge="self_attn.o_proj",
             ),
             "query_key_channels": Space(
                 num_kv_heads,

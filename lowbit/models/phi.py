@@ -3,7 +3,7 @@ attention and an MLP without a gate that read the same norm."""
 
 from transformers import PreTrainedConfig
 
-from lowbit.models.spaces import Adapter, AttentionParts, Norm, Space
+from lowbit.models.spaces import Adapter, AttentionParts, Norm, Space, head_spaces
 
 QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 READ_NORM = (*QUERY_KEY_VALUE, "mlp.fc1")
@@ -31,23 +31,13 @@ def phi(config: PreTrainedConfig) -> Adapter:
                 embedding="model.embed_tokens",
                 head="lm_head",
             ),
-            "value": Space(head_dim, writers=("self_attn.v_proj",), readers=("self_attn.dense",)),
-            "heads": Space(num_heads, inner=head_dim, readers=("self_attn.dense",)),
+            **head_spaces(num_heads, num_kv_heads, head_dim, "self_attn.v_proj", "self_attn.dense"),
             "mlp_hidden": Space(config.intermediate_size, readers=("mlp.fc2",)),
-            "query_key": Space(head_dim),
             "attention_input": Space(  # the MLP's too: there is no mlp_input
                 config.hidden_size,
                 readers=READ_NORM,
                 scale_writers=("input_layernorm",),
                 judge="",
-            ),
-            "value_channels": Space(
-                num_kv_heads,
-                inner=head_dim,
-                readers=("self_attn.dense",),
-                scale_writers=("self_attn.v_proj",),
-                repeat=num_heads // num_kv_heads,
-                judge="self_attn.dense",
             ),
         },
         scores=("self_attn.q_proj", "self_attn.k_proj"),

@@ -91,6 +91,25 @@ class Space:
         return torch.cat((tensor[:first], rows, tensor[end:]))
 
 
+def head_spaces(
+    num_heads: int, num_kv_heads: int, head_dim: int, value: str, output: str
+) -> dict[str, Space]:
+    """The spaces of heads between the linears `value` and `output` of an attention."""
+    return {
+        "value": Space(head_dim, writers=(value,), readers=(output,)),
+        "heads": Space(num_heads, inner=head_dim, readers=(output,)),
+        "query_key": Space(head_dim),
+        "value_channels": Space(
+            num_kv_heads,
+            inner=head_dim,
+            readers=(output,),
+            scale_writers=(value,),
+            repeat=num_heads // num_kv_heads,
+            judge=output,
+        ),
+    }
+
+
 @dataclass(frozen=True)
 class AttentionParts:
     """What an attention is made of, by names within it.
