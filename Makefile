@@ -79,10 +79,12 @@ table: $(READY)
 	$(BIN)/lowbit table --samples 32
 
 # Of what is learned a small part of the published steps, at higher rates where these allow it.
-METHODS := rtn hqq gptq gptaq qronos smoothquant os+ awq autoround omniquant quarot-rtn quarot \
-    quarot-gptaq quarot-qronos dartquant flatquant-rtn flatquant flatquant-gptaq
+METHODS := rtn hqq gptq gptaq qronos smoothquant os+ autoround omniquant omniquant-let quarot-rtn \
+    quarot quarot-gptaq quarot-qronos dartquant flatquant-rtn flatquant flatquant-gptaq
 BRIEFLY := rounding.steps=50 rounding.epochs=2 flattening.epochs=1 flattening.batch=1 \
     flattening.learning_rate=0.05 flattening.clip_learning_rate=0.2
+SEARCHED := awq
+SEARCHED_BRIEFLY := $(foreach i,0 1 2 3,transforms.$(i).fit.tokens=2048)
 TRAINED := spinquant-rtn spinquant duarot-rtn duarot
 TRAINED_BRIEFLY := training.steps=16 training.batch=4 training.length=512
 TEXTS ?= manual
@@ -91,6 +93,7 @@ TABLE = $(BIN)/lowbit table --format w4a4kv4 w4a8kv4 w4a16g64 w3a16g64 w2a16g64 
     --out benchmarks/results/methods.jsonl
 methods: $(READY)
 	$(TABLE) --recipe $(METHODS) $(addprefix --set ,$(BRIEFLY))
+	$(TABLE) --recipe $(SEARCHED) $(addprefix --set ,$(SEARCHED_BRIEFLY))
 	$(TABLE) --recipe $(TRAINED) $(addprefix --set ,$(TRAINED_BRIEFLY))
 
 figure: $(READY)
