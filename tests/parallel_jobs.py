@@ -27,7 +27,7 @@ CALIBRATION = tiny_tokens(9, 32, seed=9)  # one has five windows, one four
 # weights alone and with activations; gradients with batches that are random, one sample, and with
 # scales; rotations learned end to end and fitted to rows of activations. Where products can be in
 # bf16 they are not: their errors are not those of order alone. Of experts a process has few tokens
-# or, in a piece, none.
+# or, in a piece, none; behind 4-bit inputs and K another order of sums sends a token elsewhere.
 METHODS = {
     "gptq": ("w4a4kv4", ["rounding.clip=none"]),
     "gptaq": ("w4a4kv4", ["rounding.clip=none"]),
@@ -46,7 +46,7 @@ METHODS = {
     ),
     "flatquant-gptaq": ("w4a4kv4", []),
     "dartquant": ("w8a8kv8", ["training.steps=4", "rounding.clip=none"]),
-    "gptaq, experts": ("w4a4kv4", ["rounding.clip=none"]),
+    "gptaq, experts": ("w4a8kv8", ["rounding.clip=none"]),
     "awq, experts": ("w4a16", [f"transforms.{i}.fit.steps=5" for i in range(4)]),
     "autoround, experts": ("w2a16g32-wasym", ["rounding.autocast=False"]),
 }

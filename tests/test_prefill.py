@@ -94,8 +94,8 @@ def test_any_chunk(model, name, chunk, kind):
     cache = new_cache(model, kind)
     expected = prefill(model, name, WIDTH, new_cache(model))
     got = prefill(model, name, chunk, cache)
-    # fp32 rounding can move a code by one step
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-2)
+    # fp32 rounding can move a code by one step, which the tokens after it see
+    assert (got - expected).norm() < 0.02 * expected.norm()
     assert cache.seq_lens == list(BATCHES[name])
 
 

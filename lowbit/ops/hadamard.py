@@ -17,6 +17,7 @@ import math
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.hadamard import factorize, hadamard_matrix
@@ -70,10 +71,17 @@ def _dense_factors(order: int, dtype: torch.dtype, device: torch.device) -> tupl
         return tuple(h.to(device, dtype, copy=True) for h in matrices)
 
 
+# MKL's sgemm sums otherwise for 1 row of x on Intel's processors, for 1 to 3 on AMD's.
+FEW_ROWS = 8
+
+
 def rows_times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [M, K] @ matrix [K, N]; a row has the same bits among others as by itself, for which a BLAS
-    has another routine."""
-    return (x.expand(2, -1) @ matrix)[:1] if len(x) == 1 else x @ matrix
+    """x [..., M, K] @ matrix [..., K, N]; a row has the same bits among others as by itself or with
+    few, for which a BLAS has other routines."""
+    rows = x.shape[-2]
+    if rows >= FEW_ROWS:
+        return x @ matrix
+    return (F.pad(x, (0, 0, 0, FEW_ROWS - rows)) @ matrix)[..., :rows, :]
 
 
 def _apply(x: Tensor, matrix: Tensor, inner: int) -> Tensor:

@@ -41,6 +41,7 @@ from torch import Tensor
 from lowbit.cuda import why_not_cuda
 from lowbit.formats import IntFormat
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
+from lowbit.ops.hadamard import rows_times
 from lowbit.ops.kv_append import KVPages, check_cache
 from lowbit.ops.quantize import DEQUANTIZE, compute_dtype
 
@@ -190,7 +191,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int = 0) -> 
         own = length - n + start  # position of the chunk's first query
         first = max(own + 1 - window, 0) if window else 0  # that it sees
         seen = slice(first, own + size)  # by any of them
-        scores = q[:, :, start:stop].flatten(1, 2) @ k[:, seen].mT
+        scores = rows_times(q[:, :, start:stop].flatten(1, 2), k[:, seen].mT)
         scores = scores.unflatten(1, (-1, size))  # [num_kv_heads, heads each, size, seen]
         scores[..., own - first :].masked_fill_(later[:size, :size], -torch.inf)
         if window:
@@ -198,7 +199,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int = 0) -> 
             query = torch.arange(own, own + size, device=q.device)
             scores.masked_fill_(position <= query[:, None] - window, -torch.inf)
         p = scores.softmax(-1).flatten(1, 2)
-        out[:, :, start:stop] = (p @ v[:, seen]).unflatten(1, (-1, size))
+        out[:, :, start:stop] = rows_times(p, v[:, seen]).unflatten(1, (-1, size))
     return out.permute(2, 0, 1, 3).reshape(n, num_q_heads, head_dim)
 
 
