@@ -135,10 +135,12 @@ def test_two_models_do_not_disturb_each_other(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("format", ["w4a4kv4", "w4a16kv4g32"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sequence_has_its_bits_in_any_batch(model, kind):
+def test_a_sequence_has_its_bits_in_any_batch(format, kind):
     """What the head reads of prompts and cached tokens, alone and beside others behind pads; and
     the tokens that come of it."""
+    model = endless(packed_llama(format))
     lengths, tokens = (9, 4, 7), tiny_tokens(3, 10)
     mask = torch.stack([torch.arange(9) >= 9 - n for n in lengths]).long()
 

@@ -33,6 +33,7 @@ from lowbit.nn.online_map import OnlineMap
 from lowbit.nn.slices import cut
 from lowbit.ops import dequantize, to_layout
 from lowbit.ops.kv_attention import attend
+from lowbit.ops.rows import rows_times
 from lowbit.tensor_parallel import check_whole
 
 IMPLEMENTATION = "lowbit_fake"
@@ -113,7 +114,7 @@ class FakeQuantLinear(nn.Module):
             first, *others = (self._product(*part) for part in zip(*slices, strict=True))
         else:
             slices = (y_slices, self._dequantized().chunk(count, -1))
-            first, *others = (F.linear(*part) for part in zip(*slices, strict=True))
+            first, *others = (rows_times(x, w.T) for x, w in zip(*slices, strict=True))
         total = first if self.bias is None else first + self.bias
         for part in others:
             total = part + total

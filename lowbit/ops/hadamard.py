@@ -17,12 +17,12 @@ import math
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.hadamard import factorize, hadamard_matrix
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.quantize import TRITON_MAX_ROW, check_float, compute_dtype
+from lowbit.ops.rows import rows_times
 
 # Factors are split and merged towards this order: up to it, a dense product costs less than the
 # passes over memory that it saves.
@@ -69,19 +69,6 @@ def _dense_factors(order: int, dtype: torch.dtype, device: torch.device) -> tupl
             matrices.append(h)
     with torch.inference_mode(False):
         return tuple(h.to(device, dtype, copy=True) for h in matrices)
-
-
-# MKL's sgemm sums otherwise for 1 row of x on Intel's processors, for 1 to 3 on AMD's.
-FEW_ROWS = 8
-
-
-def rows_times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [..., M, K] @ matrix [..., K, N]; a row has the same bits among others as by itself or with
-    few, for which a BLAS has other routines."""
-    rows = x.shape[-2]
-    if rows >= FEW_ROWS:
-        return x @ matrix
-    return (F.pad(x, (0, 0, 0, FEW_ROWS - rows)) @ matrix)[..., :rows, :]
 
 
 def _apply(x: Tensor, matrix: Tensor, inner: int) -> Tensor:

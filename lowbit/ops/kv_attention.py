@@ -41,9 +41,9 @@ from torch import Tensor
 from lowbit.cuda import why_not_cuda
 from lowbit.formats import IntFormat
 from lowbit.ops.dispatch import Backend, Op, why_not_triton
-from lowbit.ops.hadamard import rows_times
 from lowbit.ops.kv_append import KVPages, check_cache
 from lowbit.ops.quantize import DEQUANTIZE, compute_dtype
+from lowbit.ops.rows import rows_times
 
 LARGEST_TRITON_HEAD, LARGEST_TRITON_NEW_FP32 = 256, 128
 LARGEST_CUDA_HEAD, CUDA_HEAD_STEP = 256, 16

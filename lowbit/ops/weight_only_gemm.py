@@ -29,6 +29,7 @@ from lowbit.ops.dispatch import Backend, Op, why_not_triton
 from lowbit.ops.int_gemm import OUT_DTYPES, check_operands, check_weight
 from lowbit.ops.pack import fragment_codes
 from lowbit.ops.quantize import DEQUANTIZE, check_float, compute_dtype
+from lowbit.ops.rows import rows_times
 
 W_LAYOUTS = (Layout.ROW_MAJOR, *FRAGMENT_BITS)
 INT_GEMM_LAYOUTS = (Layout.FRAGMENT, Layout.FRAGMENT_INT4)  # of symmetric weights
@@ -92,7 +93,7 @@ def _reference(
         storage, shape = IntFormat(w_bits).storage_bits, (w_scale.shape[0], x.shape[1])
         w_codes = fragment_codes(w_codes, layout, storage, shape, signed=w_zero_point is None)
     w = DEQUANTIZE.reference(w_codes, w_scale, w_zero_point, w_bits, packed, compute)
-    y = x.to(compute) @ w.T
+    y = rows_times(x.to(compute), w.T)
     if bias is not None:
         y.add_(bias.to(compute))
     if residual is not None:
