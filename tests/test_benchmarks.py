@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import clock, machine, report
+from benchmarks import clock, machine, methods_table, report
 from benchmarks.harness import Case, checked, contract_bytes, gate, run_case
 from benchmarks.machine import Roof
 from benchmarks.run import cases_of, op_stems
@@ -313,3 +313,41 @@ def test_prepared_calls_are_run():
     calls = []
     prepared = clock.CpuClock().prepare(lambda: calls.append(1))
     assert len(calls) == 2 and not prepared.is_graph  # warmed up, then estimated
+
+
+def row_of(recipe, format, *perplexities, **more):
+    texts = {name: {"packed": p} for name, p in zip("ab", perplexities, strict=True)}
+    return {"of": {"limit": "8"}, "recipe": recipe, "format": format, "texts": texts, **more}
+
+
+def test_the_table_of_methods(tmp_path):
+    full = {"recipe": "full", "format": "fp32", "of": {"limit": "8"}}
+    full["texts"] = {"a": {"perplexity": 9.876}, "b": {"perplexity": 10.0}}
+    rows = [
+        full,
+        row_of("rtn", "w8a8", 1, 2, cost={"seconds": 9, "peak_bytes": 3e9}),
+        row_of("rtn", "w4a4kv4", 12345.6, 123.45, cost={"seconds": 3.4, "peak_bytes": 2.04e9}),
+        row_of(
+            "rtn", "w8a8", 9.9, 10.126, cost={"seconds": 2, "peak_bytes": 2e9}
+        ),  # measured again
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = methods_table.markdown(methods_table.read(path)).splitlines()
+    assert table[0] == "a / b, full precision 9.88 / 10.00"
+    assert "| rtn | 12346 / 123.5 |  |  |  |  | 9.90 / 10.13 | 2-3 | 2.0 |" in table
+    assert "| gptq |  |  |  |  |  |  |  |  |" in table
+    with pytest.raises(ValueError, match="of one protocol, got 2"):
+        path.write_text(json.dumps(full) + "\n" + json.dumps({**full, "of": {}}) + "\n")
+        methods_table.read(path)
+    with pytest.raises(ValueError, match="no place for new"):
+        methods_table.markdown({("full", "fp32"): full, ("new", "w8a8"): full})
+
+
+def test_the_readme_has_the_rows_that_were_measured():
+    root = Path(__file__).resolve().parents[1]
+    assert methods_table.markdown(methods_table.read(methods_table.ROWS)) in (
+        root / "README.md"
+    ).read_text(encoding="utf-8")
+    made = (root / "Makefile").read_text()
+    assert all(f" {recipe}" in made for recipe in methods_table.METHODS)

@@ -50,7 +50,7 @@ def op_stems() -> set[str]:
 
 
 def test_one_stem_per_op():
-    plumbing = {"__init__", "cuda_rotation", "dispatch", "kernel_layouts"}
+    plumbing = {"__init__", "cuda_rotation", "dispatch", "kernel_layouts", "rows"}
     assert {path.stem for path in (ROOT / "lowbit/ops").glob("*.py")} - plumbing == op_stems()
     shared = {"__init__", "common", "configs", "tiles"}  # helpers, and the data of all kernels
     kernels = [p for p in (ROOT / "kernels/triton").glob("*.py") if p.stem not in shared]
