@@ -169,8 +169,15 @@ def run_table(args) -> Result:
         raise InputError(
             f"{only[0]} is for a published table, as 000.6, got the model {args.target!r}"
         )
+    for setting in args.set:
+        if setting.startswith("calibration."):
+            raise InputError(
+                f"--samples and --length must say it for all rows, got --set {setting}"
+            )
+    alike = calibration_of(args, Calibration())
     recipes = overridden_where_known(
-        [recipe_named(name) for name in args.recipe or TABLE_RECIPES], args.set
+        [replace(recipe_named(name), calibration=alike) for name in args.recipe or TABLE_RECIPES],
+        args.set,
     )
     formats = [QuantFormat.parse(name).name for name in args.format or TABLE_FORMATS]
     texts = [open_text(name) for name in args.text or (MANUAL_WORD,)]
@@ -181,9 +188,7 @@ def run_table(args) -> Result:
 
     _, tokenizer = load_source(args.target, torch.float32, args.trust_remote_code)
     calibration = read_text(args.calibration) if args.calibration else manual_text("calibration")
-    windows = sample_windows(
-        tokenize(tokenizer, calibration), calibration_of(args, Calibration()), args.seed
-    )
+    windows = sample_windows(tokenize(tokenizer, calibration), alike, args.seed)
     protocol = table.Protocol(
         {text.name: text.tokens(tokenizer, args.window) for text in texts},
         args.window,

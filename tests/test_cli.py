@@ -179,6 +179,8 @@ def test_table_and_plot(capsys, tmp_path, source, text):
     assert "text.txt: fake" in out and "the Python manual: fake" in out
     wrong = in_process(capsys, "table", source, *mixed, *small, "--set", "rounding.dump=1")
     assert_one_line(wrong, "unknown field 'dump', expected one of clip")
+    wrong = in_process(capsys, "table", source, *mixed, *small, "--set", "calibration.samples=2")
+    assert_one_line(wrong, "--samples and --length must say it", "calibration.samples=2")
     pytest.importorskip("matplotlib")
     figure = tmp_path / "new" / "figure.png"
     args = ("--block", 1, "--tokens", 16, "--text", text, "-o", figure)
@@ -191,7 +193,10 @@ def test_a_table_goes_on_from_its_file(capsys, tmp_path, source, text, monkeypat
     common = ("--format", "w8a8", "--kind", "fake", "--text", text, *WINDOWS, "--out", rows)
     common += ("--samples", 1, "--length", 32)
     code, first, _ = in_process(capsys, "table", source, "--recipe", "rtn", *common)
-    assert code == 0 and len(rows.read_text().splitlines()) == 2  # full precision too
+    lines = rows.read_text().splitlines()
+    assert code == 0 and len(lines) == 2  # full precision too
+    fields = json.loads(lines[1])["fields"]
+    assert (fields["calibration.samples"], fields["calibration.length"]) == ("1", "32")
     both = ("table", source, "--recipe", "rtn", "gptq", *common)
     code, out, err = in_process(capsys, *both)
     assert code == 0 and "gptq w8a8: text.txt" in err and "rtn w8a8: text.txt" not in err
