@@ -35,7 +35,7 @@ class Distribution:
 
     steps: int = 200
     lr: float = 0.01
-    rows: int = 256
+    rows: int = 1024
     samples: int = 32
     length: int = 512
 
