@@ -18,7 +18,7 @@ namespace {
 struct Plain {
   static constexpr bool kIsStaged = false;
   const void* x;  // [rows, length] of `type`, fp16 or bf16
-  ElementType type;
+  FloatType type;
 
   template <int kUnits>
   __device__ __forceinline__ void load(uint4 (&to)[kUnits], int64_t start,
@@ -68,8 +68,8 @@ std::tuple<Tensor, Tensor, Tensor> hadamard_quant(const Tensor& x,
                                     dense,
                                     out,
                                     int_grid(bits, symmetric, clip, packed)};
-  const ElementType type = element_type("hadamard_quant", x);
-  check(type != ElementType::kFp32, "hadamard_quant: x is fp32, not fp16 or bf16");
+  const FloatType type = float_type("hadamard_quant", "x", x.scalar_type());
+  check(type != FloatType::kFloat, "hadamard_quant: x is fp32, not fp16 or bf16");
   launch_rotation<Kernels>(arguments, Plain{pointer<void>(x), type});
   return {out.codes, out.scales, out.zero_points};
 }

@@ -37,8 +37,6 @@ struct Head {
   static_assert(kBase <= 32, "the signs of a row of its matrix are one word");
 };
 
-enum class Angles { kFloat, kHalf, kBFloat16 };
-
 struct HeadsIn {
   const void* x;  // [T, heads, kHeadDim]
   int64_t token_stride, head_stride;
@@ -57,7 +55,7 @@ struct KvAppendArguments {
   CacheOut k_out, v_out;
   const void *cos, *sin;  // [T, turned]
   int64_t cos_stride, sin_stride;
-  Angles angles;
+  FloatType angles;
   const int64_t* slot;    // [T]
   const uint32_t* signs;  // [kBase], bit b of word m: H[m, b] < 0; null where kBase is 1
   int64_t slots;          // num_pages * page_size
@@ -68,10 +66,10 @@ struct KvAppendArguments {
 };
 
 __device__ __forceinline__ void load_angles(float (&x)[kVector], const void* from, int64_t at,
-                                            Angles angles) {
-  if (angles == Angles::kFloat) {
+                                            FloatType angles) {
+  if (angles == FloatType::kFloat) {
     load_vector(x, static_cast<const float*>(from) + at);
-  } else if (angles == Angles::kHalf) {
+  } else if (angles == FloatType::kHalf) {
     load_vector(x, static_cast<const __half*>(from) + at);
   } else {
     load_vector(x, static_cast<const __nv_bfloat16*>(from) + at);
@@ -270,18 +268,6 @@ void append_of(const KvAppendArguments& a, int64_t head_dim, int device) {
   }
 }
 
-Angles angles_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Angles::kFloat;
-    case ScalarType::Half:
-      return Angles::kHalf;
-    default:
-      check(t.scalar_type() == ScalarType::BFloat16, "kv_append: angles are fp32, fp16 or bf16");
-      return Angles::kBFloat16;
-  }
-}
-
 Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
                  const Tensor& sin, const Tensor& slot, const Tensor& k_codes,
                  const Tensor& k_scale, const Tensor& k_zero_point, const Tensor& v_codes,
@@ -307,7 +293,7 @@ Tensor kv_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   a.v_out = cache_out(v_codes, v_scale, v_zero_point, a.slots * num_kv_heads, row_bytes, device);
   check_rows("cos", cos, cos.scalar_type(), device);
   check_rows("sin", sin, cos.scalar_type(), device);
-  a.angles = angles_of(cos);
+  a.angles = float_type("kv_append", "cos", cos.scalar_type());
   a.cos = cos.data_ptr(), a.cos_stride = cos.strides()[0];
   a.sin = sin.data_ptr(), a.sin_stride = sin.strides()[0];
   a.turned = static_cast<int>(cos.sizes()[1]);

@@ -35,7 +35,7 @@ constexpr int kLongestSum = kMostThreads * kLeastUnits * kVector;
 
 struct Splits {
   static constexpr bool kIsStaged = false;
-  ElementType type;  // of the row: q's
+  FloatType type;  // of the row: q's
   kv::Arguments a;
   Divisor by_head;  // in units
 
@@ -172,8 +172,9 @@ std::tuple<Tensor, Tensor, Tensor> kv_attention_quant(
   RowCodes out = new_row_codes(q, {T, K}, bits, symmetric, packed);
   const RotationArguments arguments{
       call.op, q, signs, K, order, inner, dense, out, int_grid(bits, symmetric, clip, packed)};
-  launch_rotation<Kernels>(arguments, Splits{element_type(call.op, q), attention.arguments,
-                                             divisor(static_cast<int>(D / kVector))});
+  launch_rotation<Kernels>(arguments,
+                           Splits{float_type(call.op, "q", q.scalar_type()), attention.arguments,
+                                  divisor(static_cast<int>(D / kVector))});
   return {out.codes, out.scales, out.zero_points};
 }
 

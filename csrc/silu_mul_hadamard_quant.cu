@@ -49,7 +49,7 @@ struct Gated {
   const void* gate;  // [rows, length], rows `stride` elements apart
   const void* up;    // the same
   int64_t stride;
-  ElementType type;
+  FloatType type;
   Activation activation;
 
   __device__ __forceinline__ void fetch(Raw& raw, int64_t at) const {
@@ -68,9 +68,9 @@ struct Gated {
   __device__ __forceinline__ void finish(float (&to)[kVector], Raw& raw, bool more,
                                          int64_t next) const {
     float other[kVector];
-    if (type == ElementType::kFp32) {
+    if (type == FloatType::kFloat) {
       widen<float>(to, other, raw);
-    } else if (type == ElementType::kFp16) {
+    } else if (type == FloatType::kHalf) {
       widen<__half>(to, other, raw);
     } else {
       widen<__nv_bfloat16>(to, other, raw);
@@ -132,8 +132,9 @@ std::tuple<Tensor, Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate, c
                                     dense,
                                     out,
                                     int_grid(bits, symmetric, clip, packed)};
-  launch_rotation<Kernels>(arguments, Gated{pointer<void>(gate), pointer<void>(up), stride,
-                                            element_type(op, gate), activation_named(activation)});
+  launch_rotation<Kernels>(
+      arguments, Gated{pointer<void>(gate), pointer<void>(up), stride,
+                       float_type(op, "gate", gate.scalar_type()), activation_named(activation)});
   return {out.codes, out.scales, out.zero_points};
 }
 

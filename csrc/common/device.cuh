@@ -19,6 +19,10 @@ namespace lowbit {
 
 constexpr int kWarp = 32;
 
+// A type known at run time: of what takes little of a kernel's time, or of kernels that do much
+// with a row and are compiled once for all three.
+enum class FloatType { kFloat, kHalf, kBFloat16 };
+
 template <class To, class From>
 __host__ __device__ __forceinline__ To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");

@@ -105,11 +105,4 @@ struct SplitMemory {
   int* counters() const { return arrivals ? pointer<int>(*arrivals) : nullptr; }
 };
 
-inline FloatType float_type(const char* op, const char* name, ScalarType type) {
-  if (type == ScalarType::Float) return FloatType::kFloat;
-  if (type == ScalarType::Half) return FloatType::kHalf;
-  check(type == ScalarType::BFloat16, text(op, ": ", name, " must be fp32, fp16 or bf16"));
-  return FloatType::kBFloat16;
-}
-
 }  // namespace lowbit

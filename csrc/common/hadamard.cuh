@@ -91,7 +91,7 @@ __device__ __forceinline__ void multiply_row(const Source& source, int64_t start
     }
   }
   sync_block();
-  dense_factor<Tile, Source::kIsStaged>(signs, r, source.type == ElementType::kFp16);
+  dense_factor<Tile, Source::kIsStaged>(signs, r, source.type == FloatType::kHalf);
   sync_block();
 }
 

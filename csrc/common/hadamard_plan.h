@@ -134,18 +134,6 @@ struct RotationArguments {
   IntGrid grid;
 };
 
-inline ElementType element_type(const char* op, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return ElementType::kFp32;
-    case ScalarType::Half:
-      return ElementType::kFp16;
-    default:
-      check(x.scalar_type() == ScalarType::BFloat16, text(op, ": not fp32, fp16 or bf16"));
-      return ElementType::kBf16;
-  }
-}
-
 // Launches Kernels::of<Tile>() for the first tile that can.
 template <class Kernels, class Source>
 void launch_rotation(const RotationArguments& a, const Source& source) {

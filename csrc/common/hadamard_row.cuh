@@ -116,12 +116,12 @@ __device__ __forceinline__ uint32_t slots_address() { return smem_address(row_sl
 // Of fp16 or bf16.
 template <int kUnits>
 __device__ __forceinline__ void widen_units(float (&x)[kUnits][kVector], const uint4 (&raw)[kUnits],
-                                            ElementType type) {
+                                            FloatType type) {
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
     AnyVector vector;
     vector.words[0] = raw[u];
-    if (type == ElementType::kFp16) {
+    if (type == FloatType::kHalf) {
       vector.template widen_as<__half>(x[u]);
     } else {
       vector.template widen_as<__nv_bfloat16>(x[u]);

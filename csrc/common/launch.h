@@ -134,6 +134,13 @@ void visit_float_type(const char* op, const char* name, const Tensor& t, const V
   }
 }
 
+inline FloatType float_type(const char* op, const char* name, ScalarType type) {
+  if (type == ScalarType::Float) return FloatType::kFloat;
+  if (type == ScalarType::Half) return FloatType::kHalf;
+  check(type == ScalarType::BFloat16, text(op, ": ", name, " must be fp32, fp16 or bf16"));
+  return FloatType::kBFloat16;
+}
+
 // 80, 89, 90, ...: of the device, or what the emulator was told to be.
 int device_sm(int device);
 int device_num_sms(int device);

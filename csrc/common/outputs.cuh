@@ -7,8 +7,6 @@
 
 namespace lowbit {
 
-enum class FloatType { kFloat, kHalf, kBFloat16 };
-
 constexpr int kOutputs = 8;  // neighbouring channels of one token: what a thread stores at a time
 
 // Stands for a bias or residual that is not there: x + -0 is x for every x, -0 included.

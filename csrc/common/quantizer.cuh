@@ -77,16 +77,14 @@ __device__ __forceinline__ void store_vector(T* to, const float (&x)[kVector]) {
   for (int i = 0; i < kStores; ++i) reinterpret_cast<uint4*>(to)[i] = raw[i];
 }
 
-// A type known at run time: kernels that do much with a row are compiled once for all three.
-enum class ElementType { kFp32, kFp16, kBf16 };
-
-// 8 elements of such a type as they are in memory. fp32 takes both words, the others the first.
+// 8 elements of a type known at run time, as they are in memory. fp32 takes both words, the others
+// the first.
 struct AnyVector {
   uint4 words[2];
 
   // `index` of the first in the tensor.
-  __device__ __forceinline__ void load(const void* from, ElementType type, int64_t index) {
-    if (type == ElementType::kFp32) {
+  __device__ __forceinline__ void load(const void* from, FloatType type, int64_t index) {
+    if (type == FloatType::kFloat) {
       const uint4* vector = reinterpret_cast<const uint4*>(static_cast<const float*>(from) + index);
       words[0] = vector[0], words[1] = vector[1];
     } else {
