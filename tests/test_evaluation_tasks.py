@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -191,3 +192,20 @@ def test_local_tasks_of_a_packed_model(local, capsys):
     theirs = zero_shot.evaluate(model, tokenizer, asked, manager, 2, None, Lines(), {})
     ours = word_perplexity(model, tokenizer, "some words " * 30, window=256)
     assert theirs["local_pages"]["word_perplexity"] == pytest.approx(ours, rel=1e-4)
+
+
+def test_the_tasks_of_benchmarks(local, capsys, monkeypatch):
+    """Every file of benchmarks/tasks, on items as it wants them."""
+    tasks = Path(__file__).resolve().parents[1] / "benchmarks/tasks"
+    names = [f"{path.stem}_local" for path in tasks.glob("*.yaml")]
+    items = {"query": "a query\n", "choices": ["no", "yes"], "gold": 1}
+    items |= {"context": "a context", "continuation": "word"}
+    (local / "zero_shot").mkdir()
+    for name in ("piqa", "arc_easy", "arc_challenge", "openbook_qa", "lambada_openai"):
+        (local / f"zero_shot/{name}.jsonl").write_text(json.dumps(items) + "\n")
+    monkeypatch.chdir(local)
+    command = ["eval", "model", "--tasks", *names, "--task-path", str(tasks), "--json"]
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    found = json.loads(capsys.readouterr().out)["tasks"]
+    assert len(found) == 5 and all(0 <= task["acc"] <= 1 for task in found.values())
