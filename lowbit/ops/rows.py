@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # A BLAS sums otherwise in the rows that its tiles leave over. MKL: in 1 row of fp32 on Intel's
-# processors; on AMD's in 1 to 3, in fp64 whenever their number is no multiple of 4, and then in what
-# every thread has. Of this many nothing is left over, with 1 to 16 threads on AMD's; on Intel's that
-# is known of one thread in fp32.
+# processors; on AMD's in 1 to 3, in fp64 whenever their number is no multiple of 4, and then in
+# what every thread has. Of this many nothing is left over, with 1 to 16 threads on AMD's; on
+# Intel's that is known of one thread in fp32.
 TILE_ROWS = 8
 
 
