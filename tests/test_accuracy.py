@@ -2,6 +2,7 @@
 
 import math
 import re
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -101,10 +102,33 @@ def test_what_comes_back_is_measured_in_the_model_as_it_was(evaluator):
 
 @pytest.mark.parametrize(
     "do, reason",
+    [("crash", "^failed: RuntimeError: it broke$"), ("die", "^ended by signal 9$")],
+)
+def test_a_process_that_fails_is_a_reason(evaluator, do, reason):
+    row = row_of(evaluator, do=do)
+    assert "value" not in row
+    assert re.search(reason, row["reason"])
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """Workers run in this process: one of their own would take seconds to import torch."""
+
+    def run(_python: str, worker: Path, folder: Path, _threads: int):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [str(worker), str(folder)])
+            patch.setattr(sys, "path", [*sys.path])
+            runpy.run_path(str(worker))
+        del sys.modules["job"]  # as the worker imports it, and has changed it
+
+    monkeypatch.setattr(accuracy, "run_worker", run)
+
+
+@pytest.mark.usefixtures("run_here")
+@pytest.mark.parametrize(
+    "do, reason",
     [
         ("refuse", "^has no such thing$"),
-        ("crash", "^failed: RuntimeError: it broke$"),
-        ("die", "^ended by signal 9$"),
         ("more bits", "wrong weights: .* at most 8 values, got (9|1[0-6])"),
         ("forget", "wrong weights: every linear .* model.layers.1.mlp.up_proj"),
         ("transpose", r"wrong weights: .*up_proj.weight must have shape \(96, 64\)"),
