@@ -5,7 +5,8 @@
 #   check      every op at the shapes that are timed: bits on exact inputs; compiles their kernels
 #   tests      pytest -m "(gpu or interpret or emulate) and not slow": the kernels' tests, and a decode
 #              step as a CUDA graph
-#   sanitizer  compute-sanitizer memcheck and racecheck, once per op; contexts of one split and more
+#   sanitizer  compute-sanitizer memcheck, racecheck, synccheck, once per op; contexts of one split
+#              and more
 #   bench      those shapes, in what time is left, appended to a CSV row by row
 #   model      whole models of them beside bf16, the same way; not unless PARTS names it
 #
@@ -98,7 +99,7 @@ sanitizer() {
     [[ -x $tool ]] || { echo "compute-sanitizer is not installed" && return 0; }
     # Each tensor in memory of its own, or an access past its end would fall into the pool.
     export TOOL=$tool PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    for tool in memcheck racecheck; do
+    for tool in memcheck racecheck synccheck; do
         for op in $OPS; do echo "$tool $op"; done
     done | xargs -P "$JOBS" -L 1 bash -c \
         '"$TOOL" --tool "$0" --target-processes application-only --error-exitcode 9 \

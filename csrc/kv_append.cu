@@ -220,9 +220,9 @@ void check_rows(const char* name, const Tensor& t, ScalarType dtype, int device)
   check_place("kv_append", name, t, dtype, device);
   const auto strides = t.strides();
   check(strides[strides.size() - 1] == 1 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0,
-        text("kv_append: ", name, " must have rows of neighbours at multiples of 16 bytes"));
+        "kv_append: ", name, " must have rows of neighbours at multiples of 16 bytes");
   for (size_t i = 0; i + 1 < strides.size(); ++i) {
-    check(strides[i] % kVector == 0, text("kv_append: rows of ", name, " must be 16 bytes apart"));
+    check(strides[i] % kVector == 0, "kv_append: rows of ", name, " must be 16 bytes apart");
   }
 }
 
@@ -243,8 +243,8 @@ CacheOut cache_out(const Tensor& codes, const Tensor& scale, const Tensor& zero_
 template <class T, int kHeadDim>
 void launch_append(const KvAppendArguments& a, int device) {
   using H = Head<kHeadDim>;
-  check((a.signs != nullptr) == (a.rotate && H::kBase > 1),
-        text("kv_append: signs must be given where ", kHeadDim, " is no power of two"));
+  check((a.signs != nullptr) == (a.rotate && H::kBase > 1), "kv_append: signs must be given where ",
+        kHeadDim, " is no power of two");
   const int blocks =
       ceil_div(a.tokens * a.q.heads, H::kRows) + 2 * ceil_div(a.tokens * a.k.heads, H::kRows);
   launch({"kv_append",
@@ -264,7 +264,7 @@ void append_of(const KvAppendArguments& a, int64_t head_dim, int device) {
     LOWBIT_HEAD_DIMS(LOWBIT_VISIT)
 #undef LOWBIT_VISIT
     default:
-      check(false, text("kv_append: no kernel for heads of ", head_dim));
+      check(false, "kv_append: no kernel for heads of ", head_dim);
   }
 }
 

@@ -132,11 +132,11 @@ void check_table(const char* op, const Tensor& t, int device) {
 #ifdef LOWBIT_EMULATE
   (void)device;
 #else
-  check(t.is_cuda() && t.get_device_index() == device,
-        text(op, ": block_table must be on CUDA device ", device));
+  check(t.is_cuda() && t.get_device_index() == device, op, ": block_table must be on CUDA device ",
+        device);
 #endif
-  check(t.scalar_type() == ScalarType::Int, text(op, ": block_table must be int32"));
-  check(t.sizes()[1] <= 1 || t.strides()[1] == 1, text(op, ": rows of block_table are apart"));
+  check(t.scalar_type() == ScalarType::Int, op, ": block_table must be int32");
+  check(t.sizes()[1] <= 1 || t.strides()[1] == 1, op, ": rows of block_table are apart");
 }
 
 // Without out and what splits need.
@@ -145,12 +145,12 @@ Arguments arguments_of(const Call& c, int device) {
   const int64_t B = c.block_table.sizes()[0], P = c.block_table.sizes()[1];
   const int64_t page_size = c.k_scale.sizes()[1], num_kv_heads = c.k_scale.sizes()[2];
   const int64_t cache_rows = c.k_scale.numel(), row_bytes = D * (c.bits == 4 ? 4 : 8) / 8;
-  check(D % 16 == 0 && D <= kv::kMaxHeadDim,
-        text(c.op, ": head_dim is a multiple of 16 to ", kv::kMaxHeadDim));
-  check(T * num_q_heads < 1ll << 30 && cache_rows < 1ll << 31 && P * page_size < 1ll << 30,
-        text(c.op, ": q or the cache is too large for its kernel's 32-bit numbers"));
+  check(D % 16 == 0 && D <= kv::kMaxHeadDim, c.op, ": head_dim is a multiple of 16 to ",
+        kv::kMaxHeadDim);
+  check(T * num_q_heads < 1ll << 30 && cache_rows < 1ll << 31 && P * page_size < 1ll << 30, c.op,
+        ": q or the cache is too large for its kernel's 32-bit numbers");
   const bool is_bf16 = c.q.scalar_type() == ScalarType::BFloat16;
-  check(is_bf16 || c.q.scalar_type() == ScalarType::Half, text(c.op, ": q must be fp16 or bf16"));
+  check(is_bf16 || c.q.scalar_type() == ScalarType::Half, c.op, ": q must be fp16 or bf16");
   check_tensor(c.op, "q", c.q, c.q.scalar_type(), c.q.numel(), device);
   check_table(c.op, c.block_table, device);
   check_tensor(c.op, "seq_lens", c.seq_lens, ScalarType::Int, B, device, 4);

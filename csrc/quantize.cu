@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, int64_t bits, int64
   const int64_t K = shape[shape.size() - 1], length = group_size ? group_size : K;
   const int64_t rows = x.numel() / length;
   check_tensor("quantize", "x", x, x.scalar_type(), x.numel(), device_of(x));
-  check(length % kVector == 0, text("quantize: groups must be whole vectors of ", kVector));
+  check(length % kVector == 0, "quantize: groups must be whole vectors of ", kVector);
 
   RowCodes out = new_row_codes(x, bits, symmetric, packed, length, scale_dtype);
   const IntGrid grid = int_grid(bits, symmetric, clip, packed, scale_dtype == ScalarType::Half);

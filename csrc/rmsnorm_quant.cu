@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rmsnorm_quant(const Tensor& x,
     check_tensor("rmsnorm_quant", "weight", *weight, like_x ? x.scalar_type() : ScalarType::Float,
                  K, device);
   }
-  check(K % kVector == 0, text("rmsnorm_quant: rows must be whole vectors of ", kVector));
+  check(K % kVector == 0, "rmsnorm_quant: rows must be whole vectors of ", kVector);
 
   RowCodes out = new_row_codes(x, bits, symmetric, packed);
   std::vector<int64_t> sum_shape = {0};

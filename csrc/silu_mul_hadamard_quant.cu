@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate, c
   const int64_t stride = check_rows(op, "gate", gate, gate.scalar_type(), device);
   check(
       check_rows(op, "up", up, gate.scalar_type(), device) == stride && up.numel() == gate.numel(),
-      text(op, ": up must lie as gate does"));
+      op, ": up must lie as gate does");
   RowCodes out = new_row_codes(gate, bits, symmetric, packed);
   const RotationArguments arguments{op,
                                     gate,

@@ -90,7 +90,8 @@ def emulated_kernels(request):
     """Without a GPU, tests marked `emulate` find their CUDA kernels in the emulator, as sm_90.
 
     With the marker's argument, emulate(80), as that architecture; on a GPU of another one they are
-    skipped.
+    skipped, but with emulate(80, later=True) run on those after it too: by the same kernels, or by
+    those that take their place.
     """
     import torch
 
@@ -102,7 +103,8 @@ def emulated_kernels(request):
         return
     sm = marker.args[0] if marker.args else None
     if torch.cuda.is_available():
-        if sm is not None and cuda.sm() != sm:
+        later = marker.kwargs.get("later", False)
+        if sm is not None and cuda.sm() != sm and not (later and cuda.sm() > sm):
             pytest.skip(f"needs sm_{sm}, this is sm_{cuda.sm()}")
         yield
         return

@@ -109,6 +109,24 @@ def test_any_number_of_sms(shape, num_sms):
     multiply(shape, IntFormat(8, symmetric=False), with_residual=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.sm(90)
+@pytest.mark.parametrize("K", [400, 528])  # as many stages as the ring has slots, and one more
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_several_tiles_a_cluster(dtype, symmetric, K):
+    """More pairs of tiles than 66 clusters, the last of them one tile and a part: what the emulator
+    runs with few SMs, of which no GPU of this architecture has as few."""
+    for bias, residual in itertools.product((False, True), repeat=2):
+        multiply(
+            Shape(4096, 6152, K),
+            IntFormat(8, symmetric),
+            with_bias=bias,
+            with_residual=residual,
+            dtype=dtype,
+        )
+
+
 @pytest.mark.parametrize(
     "shape, kind, expected",
     [

@@ -22,6 +22,7 @@ from lowbit.ops.int_gemm import OUT_DTYPES
 from lowbit.ops.weight_only_gemm import CUDA_DTYPES
 
 on_sm80 = pytest.mark.emulate(80)
+from_sm80 = pytest.mark.emulate(80, later=True)
 DTYPES = pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
 BITS = pytest.mark.parametrize("bits", PACKED_BITS)
 STORED = [(bits, layout) for layout, widths in FRAGMENT_BITS.items() for bits in widths]
@@ -89,10 +90,12 @@ def assert_exact(
     assert_bitwise(on_cuda(x, w, bias, layout), expected.float().to(dtype))
 
 
-def stand_for(num_sms: int):
-    """Of the emulator; a GPU has the SMs it has."""
+def stand_for(num_sms: int) -> int:
+    """Of the emulator; a GPU has the SMs it has. How many there are."""
     if cuda.LIBRARY.device_type == "cpu":
         emulator.stand_for(80, num_sms)
+        return num_sms
+    return torch.cuda.get_device_properties(0).multi_processor_count
 
 
 def plan(M: int, N: int, K: int, bits: int, num_sms: int, layout=FLOAT) -> str:
@@ -108,7 +111,7 @@ def tiles_of(bits: int, layout: Layout) -> set[str]:
     return TILES - {"128x128"} if bits < 4 or layout is not FLOAT else TILES
 
 
-@on_sm80
+@from_sm80
 @DTYPES
 @EACH_GRID
 @pytest.mark.parametrize("M", TOKENS)
@@ -118,20 +121,20 @@ def test_tokens(M, format, layout, dtype):
     assert_exact(M, 200, 392, format, dtype, layout=layout)
 
 
-@on_sm80
+@from_sm80
 def test_tokens_reach_every_tile():
     for bits, layout in STORED:
         plans = [plan(M, 200, 392, bits, 1, layout) for M in TOKENS]
         assert {chosen.split(":")[0] for chosen in plans} == tiles_of(bits, layout)
 
 
-@on_sm80
+@from_sm80
 @pytest.mark.parametrize("bits, layout", [(6, FLOAT), (3, Layout.FRAGMENT)])
 def test_plan_of_bits_that_are_not_stored(bits, layout):
     assert "stored bits of the weights: 2, 3, 4 or 8" in plan(1, 64, 64, bits, 1, layout)
 
 
-@on_sm80
+@from_sm80
 @DTYPES
 @IN_GROUPS
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -143,7 +146,7 @@ def test_groups(M, group_size, format, dtype):
     assert_exact(M, 200, 5 * group_size, grouped, dtype)
 
 
-@on_sm80
+@from_sm80
 @EACH_STORED
 @pytest.mark.parametrize(("N", "K"), [(8, 8), (64, 64), (72, 96), (128, 136), (24, 1104)])
 def test_channels_and_columns(N, K, bits, layout):
@@ -152,7 +155,7 @@ def test_channels_and_columns(N, K, bits, layout):
             assert_exact(M, N, K, IntFormat(bits, symmetric), dtype, layout=layout)
 
 
-@on_sm80
+@from_sm80
 @DTYPES
 @pytest.mark.parametrize("bits", [5, 6, 7])
 def test_widths_in_bytes(bits, dtype):
@@ -160,7 +163,7 @@ def test_widths_in_bytes(bits, dtype):
         assert_exact(5, 72, 160, IntFormat(bits, symmetric, 32), dtype)
 
 
-@on_sm80
+@from_sm80
 @DTYPES
 @EACH_GRID
 def test_extreme_codes(format, layout, dtype):
@@ -169,7 +172,7 @@ def test_extreme_codes(format, layout, dtype):
         assert_exact(M, 64, 256, format, dtype, extreme=True, layout=layout)
 
 
-@on_sm80
+@from_sm80
 @BITS
 @DTYPES
 def test_every_code_with_every_zero_point(dtype, bits):
@@ -185,7 +188,7 @@ def test_every_code_with_every_zero_point(dtype, bits):
     assert_bitwise(on_cuda(x, w), in_fp64(x, w).to(dtype))
 
 
-@on_sm80
+@from_sm80
 @pytest.mark.parametrize(("bits", "M"), [(2, 8), (2, 64), (3, 8), (3, 64), (4, 64)])
 @DTYPES
 def test_every_code_in_every_place(dtype, bits, M):
@@ -209,7 +212,7 @@ def test_every_code_in_every_place(dtype, bits, M):
         assert_bitwise(torch.cat(got), in_fp64(x, w).to(dtype))
 
 
-@on_sm80
+@from_sm80
 @each("bits, layout", [stored for stored in STORED if stored[1] is not FLOAT])
 @pytest.mark.parametrize("M", [8, 64])
 @DTYPES
@@ -235,7 +238,7 @@ SPLITS = {  # tile -> M, N, and SMs of which it takes several with few tiles
 }
 
 
-@on_sm80
+@from_sm80
 @DTYPES
 @EACH_STORED
 @pytest.mark.parametrize(("tile", "shape"), SPLITS.items(), ids=SPLITS)
@@ -253,11 +256,10 @@ def test_split_k(tile, shape, bits, layout, dtype):
         assert_exact(M, N, 2080, format, dtype, bias, layout=layout)
 
 
-@on_sm80
+@from_sm80
 def test_splits_are_added_in_order():
     """fp32 sums that depend on it: 2^24 + 1 - 2^24 is 0 from the left, and 1 in other orders."""
-    stand_for(108)
-    chosen = plan(1, 64, 1536, 4, 108)
+    chosen = plan(1, 64, 1536, 4, stand_for(108))
     splits, stages = map(int, re.search(r"(\d+) splits of (\d+) stages", chosen).groups())
     assert splits >= 3
     columns = 256 * stages
@@ -270,7 +272,7 @@ def test_splits_are_added_in_order():
     assert_bitwise(on_cuda(x, w)[0, 0].float(), torch.tensor(1.0 if splits > 3 else 0.0))
 
 
-@on_sm80
+@from_sm80
 @DTYPES
 @pytest.mark.parametrize("bias_dtype", [None, *OUT_DTYPES], ids=str)
 def test_bias_is_added_before_y_is_narrowed(bias_dtype, dtype):
@@ -281,7 +283,7 @@ def test_bias_is_added_before_y_is_narrowed(bias_dtype, dtype):
         assert_bitwise(on_cuda(x, w, bias), in_fp64(x, w, bias).float().to(dtype))
 
 
-@on_sm80
+@from_sm80
 @DTYPES
 @pytest.mark.parametrize("layout", FRAGMENT_BITS)
 def test_residual_is_added_before_y_is_narrowed(layout, dtype):
@@ -316,7 +318,7 @@ RANDOM = {
 }
 
 
-@on_sm80
+@from_sm80
 @DTYPES
 @pytest.mark.parametrize("format, layout", RANDOM.values(), ids=RANDOM)
 def test_random_operands(format, layout, dtype):
@@ -331,7 +333,7 @@ def test_random_operands(format, layout, dtype):
         assert_no_worse_than_torch(on_cuda(x, w, bias, layout), in_torch, exact, floor=0.0)
 
 
-@on_sm80
+@from_sm80
 @DTYPES
 def test_the_same_bits_twice(dtype):
     torch.manual_seed(0)
@@ -343,7 +345,7 @@ def test_the_same_bits_twice(dtype):
         assert_bitwise(on_cuda(x, w), on_cuda(x, w))
 
 
-@on_sm80
+@from_sm80
 def test_weights_are_not_narrowed_to_the_dtype_of_x():
     # 1 + 2^-10 is no bf16 number: 512 of it minus 512 is 0.5, and 0 if the weight was narrowed.
     w = weight(8, 1024, IntFormat(8, True, 128))
@@ -355,7 +357,7 @@ def test_weights_are_not_narrowed_to_the_dtype_of_x():
     assert_bitwise(on_cuda(x, w), torch.full((1, 8), 0.5, dtype=torch.bfloat16))
 
 
-@on_sm80
+@from_sm80
 @DTYPES
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_one_extreme_row_leaves_the_others_alone(value, dtype):
@@ -369,7 +371,7 @@ def test_one_extreme_row_leaves_the_others_alone(value, dtype):
         assert not got[1][w.codes[:, 0] != 0].isfinite().any()
 
 
-@on_sm80
+@from_sm80
 def test_one_extreme_channel_leaves_the_others_alone():
     w = weight(72, 64, IntFormat(4, True, 32))
     x = torch.randint(1, 9, (5, 64)).half()
@@ -381,7 +383,7 @@ def test_one_extreme_channel_leaves_the_others_alone():
     assert not got[:, [3, 70]].isfinite().any()
 
 
-@on_sm80
+@from_sm80
 def test_no_tokens_and_no_channels():
     w = weight(64, 64, IntFormat(4))
     assert on_cuda(torch.empty(0, 64).half(), w).shape == (0, 64)

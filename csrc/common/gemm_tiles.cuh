@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the GEMMs by mma.sync share: the order of their blocks, the search for the tile of y and the
-// split of K that take the least time, and the memory of a split.
+// What GEMMs share: the order of their tiles, and those by mma.sync the search for the tile of y
+// and the split of K that take the least time, the memory of a split and which of its blocks ends
+// it.
 #pragma once
 
 #include "common/launch.h"
 #include "common/outputs.cuh"
+#include "common/ptx.cuh"
 
 namespace lowbit {
 
@@ -13,6 +15,19 @@ constexpr int kMaxSplits = 32;  // of K
 
 __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
+struct TilePlace {
+  int m, n;  // in tiles
+};
+
+// Where the tiles lie: kTokenTiles neighbours in M and all of N follow each other, M fastest, so
+// that those computed at one time read few rows of x and few channels of w.
+__device__ __forceinline__ TilePlace place_of(int tile, int tiles_m, int tiles_n) {
+  const int first = tile / (kTokenTiles * tiles_n) * kTokenTiles;
+  const int width = smaller(tiles_m - first, kTokenTiles);
+  const int within = tile % (kTokenTiles * tiles_n);
+  return {first + within % width, within / width};
+}
+
 // What a block computes.
 struct Work {
   int m0, n0;         // its first token and channel
@@ -20,18 +35,28 @@ struct Work {
   int stage, stages;  // the first of K, and how many
 };
 
-// Of a GEMM with tiles of kChannels x kTokens and stages of kStageK columns. Blocks of kTokenTiles
-// neighbours in M and all of N follow each other, M fastest.
+// Of a GEMM with tiles of kChannels x kTokens and stages of kStageK columns.
 template <class G>
 __device__ __forceinline__ Work work_of(int M, int N, int K, int stages_per_split) {
-  const int tiles_m = ceil_div(M, G::kTokens), tiles_n = ceil_div(N, G::kChannels);
-  const int tile = blockIdx.x, first = tile / (kTokenTiles * tiles_n) * kTokenTiles;
-  const int width = smaller(tiles_m - first, kTokenTiles);
-  const int within = tile % (kTokenTiles * tiles_n);
+  const int tile = blockIdx.x;
+  const TilePlace place = place_of(tile, ceil_div(M, G::kTokens), ceil_div(N, G::kChannels));
   const int stage = blockIdx.y * stages_per_split;
   const int stages = ceil_div(K, G::kStageK) - stage;
-  return {(first + within % width) * G::kTokens, within / width * G::kChannels, tile, stage,
+  return {place.m * G::kTokens, place.n * G::kChannels, tile, stage,
           smaller(stages, stages_per_split)};
+}
+
+// Whether all other blocks of a tile's split of K have written their sums, which the last one to
+// come here then sees. `arrived` counts them, `flag` is shared memory.
+__device__ __forceinline__ bool is_last(int* arrived, int splits, int* flag) {
+  sync_block();
+  if (threadIdx.x == 0) {  // a fence of one thread covers what it has seen of the others
+    fence_device();
+    *flag = atomic_add(arrived, 1);
+    fence_device();
+  }
+  sync_block();
+  return *flag == splits - 1;
 }
 
 // ---- on the host

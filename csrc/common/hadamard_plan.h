@@ -138,14 +138,14 @@ struct RotationArguments {
 template <class Kernels, class Source>
 void launch_rotation(const RotationArguments& a, const Source& source) {
   const int64_t rows = a.x.numel() / a.length;
-  check(a.length <= kLongestRow && a.length % kVector == 0,
-        text(a.op, ": rows must be whole vectors of ", kVector, ", at most ", kLongestRow));
+  check(a.length <= kLongestRow && a.length % kVector == 0, a.op,
+        ": rows must be whole vectors of ", kVector, ", at most ", kLongestRow);
   check(a.order > 0 && a.inner > 0 && a.dense > 0 && a.order % a.dense == 0 &&
             a.length % (a.order * a.inner) == 0 &&
             (a.order / a.dense & (a.order / a.dense - 1)) == 0,
-        text(a.op, ": order ", a.order, " is not ", a.dense, " times a power of two"));
-  check(a.inner == 1 || a.inner % kVector == 0, text(a.op, ": inner must be 1 or whole vectors"));
-  check((a.dense > 1) == a.signs.has_value(), text(a.op, ": signs must be given with dense"));
+        a.op, ": order ", a.order, " is not ", a.dense, " times a power of two");
+  check(a.inner == 1 || a.inner % kVector == 0, a.op, ": inner must be 1 or whole vectors");
+  check((a.dense > 1) == a.signs.has_value(), a.op, ": signs must be given with dense");
   if (a.signs.has_value()) {
     const int64_t words = ceil_div<int64_t>(a.dense, 16) * ceil_div<int64_t>(a.dense, 64) * kWarp;
     check_tensor(a.op, "signs", *a.signs, ScalarType::Int, words, device_of(a.x), 4);
@@ -163,8 +163,8 @@ void launch_rotation(const RotationArguments& a, const Source& source) {
   }
   LOWBIT_ROTATION_TILES(LOWBIT_VISIT)
 #undef LOWBIT_VISIT
-  check(false, text(a.op, ": no kernel for rows of ", a.length, ", order ", a.order, " = ", a.dense,
-                    " x ", a.order / a.dense, ", inner ", a.inner));
+  check(false, a.op, ": no kernel for rows of ", a.length, ", order ", a.order, " = ", a.dense,
+        " x ", a.order / a.dense, ", inner ", a.inner);
 }
 
 }  // namespace lowbit

@@ -386,13 +386,8 @@ __device__ __forceinline__ void int_gemm_block(const IntGemmArguments& a, int4* 
         *part_of(blockIdx.y, part) = make_int4(acc[0], acc[1], acc[2], acc[3]);
       }
     }
-    fence_device();
-    sync_block();
-    int* arrived = reinterpret_cast<int*>(smem + G::kSumsBytes);
-    if (threadIdx.x == 0) *arrived = atomic_add(arrivals + work.tile, 1);
-    sync_block();
-    if (*arrived != splits - 1) return;
-    fence_device();
+    int* flag = reinterpret_cast<int*>(smem + G::kSumsBytes);
+    if (!is_last(arrivals + work.tile, splits, flag)) return;
 #pragma unroll 1
     for (int split = 0; split < splits; ++split) {
       if (split == static_cast<int>(blockIdx.y)) continue;

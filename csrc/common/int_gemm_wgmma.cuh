@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "common/gemm_tiles.cuh"
 #include "common/int_gemm.cuh"
 #include "common/nibbles.cuh"
 #include "common/wgmma.cuh"
@@ -60,7 +61,7 @@ struct WgmmaTile {
 template <class Tile>
 struct Block {
   uint32_t x, w, out, exchange, full, empty, residual;  // shared addresses
-  int tiles_m, tiles, split, rank, cluster, clusters;
+  int tiles_m, tiles_n, split, rank, cluster, clusters;
   int k_tiles;                 // of 64 columns
   int first_stage, end_stage;  // of 128 columns: this block's share of K
 
@@ -74,7 +75,7 @@ struct Block {
     residual = empty + 8 * Tile::kStages;
 
     tiles_m = ceil_div(a.M, Tile::kTokens);
-    tiles = tiles_m * ceil_div(a.N, Tile::kChannels * Tile::kPair);
+    tiles_n = ceil_div(a.N, Tile::kChannels * Tile::kPair);
     k_tiles = ceil_div(a.K, kFragmentTile);
     const int blocks = Tile::kSplits ? split : Tile::kPair;
     rank = blocks > 1 ? cluster_rank() : 0;
@@ -89,10 +90,13 @@ struct Block {
   // Whether this block ends the tile: of a cluster that splits K, the first one does.
   __device__ bool finishes() const { return !Tile::kSplits || rank == 0; }
 
-  // Tokens vary fastest: neighbouring clusters read the same weights.
-  __device__ int first_token(int tile) const { return tile % tiles_m * Tile::kTokens; }
+  __device__ int tiles() const { return tiles_m * tiles_n; }
+  __device__ int first_token(int tile) const {
+    return place_of(tile, tiles_m, tiles_n).m * Tile::kTokens;
+  }
   __device__ int first_channel(int tile) const {
-    return (tile / tiles_m * Tile::kPair + rank % Tile::kPair) * Tile::kChannels;
+    const int pair = place_of(tile, tiles_m, tiles_n).n;
+    return (pair * Tile::kPair + rank % Tile::kPair) * Tile::kChannels;
   }
 };
 
@@ -357,10 +361,10 @@ __device__ __forceinline__ float unpack_y(uint32_t pair, int token, FloatType ty
 
 // step 4: a warpgroup's part of y's tile. Tile m of 64 channels lies at out + m kOutBytes, a row of
 // 128 swizzled bytes for each token; the residual was copied there before.
-template <class Tile>
-__device__ __forceinline__ void finish(const Block<Tile>& block, const IntGemmArguments& a,
-                                       const TensorMap* y_map, int tile, Sums<Tile>& sums,
-                                       int residual_parity) {
+template <bool kHasResidual, FloatType kType, class Tile>
+__device__ __forceinline__ void finish_as(const Block<Tile>& block, const IntGemmArguments& a,
+                                          const TensorMap* y_map, int tile, Sums<Tile>& sums,
+                                          int residual_parity) {
   constexpr int kRowTiles = Tile::kRowTiles,
                 kShift = Tile::kWeights == Weights::k4 ? kExpandX16Shift : 0;
   const int warpgroup = threadIdx.x / kWarpgroup, warp = threadIdx.x / kWarp % 4;
@@ -370,7 +374,7 @@ __device__ __forceinline__ void finish(const Block<Tile>& block, const IntGemmAr
   const int token0 = block.first_token(tile);
   const int channel0 = block.first_channel(tile) + warpgroup * kRowTiles * kFragmentTile;
 
-  if (a.residual != nullptr) {
+  if constexpr (kHasResidual) {
     mbarrier_wait(block.residual + 8 * warpgroup, residual_parity);
   } else {
     if (leads) tma_store_wait_read();  // of the tile before
@@ -417,7 +421,7 @@ __device__ __forceinline__ void finish(const Block<Tile>& block, const IntGemmAr
     for (int m = 0; m < kRowTiles; ++m) {
       const uint32_t matrices = at + m * Tile::kOutBytes;
       uint32_t packed[4], residual[4] = {};
-      if (a.residual != nullptr) ldmatrix_x4_trans(residual, matrices);
+      if constexpr (kHasResidual) ldmatrix_x4_trans(residual, matrices);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // register i: tokens j + i / 2, channels g + 8 (i % 2)
         float y[2];
@@ -427,10 +431,10 @@ __device__ __forceinline__ void finish(const Block<Tile>& block, const IntGemmAr
           const uint32_t shift = static_cast<uint32_t>(zero_point[i / 2][e]) * w_sum[m][i % 2];
           const int32_t sum = static_cast<int32_t>(
               static_cast<uint32_t>(sums.acc[m][4 * (j + i / 2) + 2 * (i % 2) + e]) - shift);
-          const float extra = a.residual != nullptr ? unpack_y(residual[i], e, a.y_type) : kAbsent;
+          const float extra = kHasResidual ? unpack_y(residual[i], e, kType) : kAbsent;
           y[e] = scaled(sum >> kShift, w_scale[m][i % 2], x_scale[i / 2][e], bias[m][i % 2], extra);
         }
-        packed[i] = pack_y(y[0], y[1], a.y_type);
+        packed[i] = pack_y(y[0], y[1], kType);
       }
       stmatrix_x4_trans(matrices, packed);
     }
@@ -444,6 +448,24 @@ __device__ __forceinline__ void finish(const Block<Tile>& block, const IntGemmAr
       if (n < a.N) tma_store(y_map, n, token0, out + m * Tile::kOutBytes);
     }
     tma_store_commit();
+  }
+}
+
+// Chosen here and not for each y, of which a warp has thousands.
+template <class Tile>
+__device__ __forceinline__ void finish(const Block<Tile>& block, const IntGemmArguments& a,
+                                       const TensorMap* y_map, int tile, Sums<Tile>& sums,
+                                       int residual_parity) {
+  constexpr auto kHalf = FloatType::kHalf, kBFloat16 = FloatType::kBFloat16;
+  const bool is_half = a.y_type == kHalf;
+  if (a.residual != nullptr && is_half) {
+    finish_as<true, kHalf>(block, a, y_map, tile, sums, residual_parity);
+  } else if (a.residual != nullptr) {
+    finish_as<true, kBFloat16>(block, a, y_map, tile, sums, residual_parity);
+  } else if (is_half) {
+    finish_as<false, kHalf>(block, a, y_map, tile, sums, residual_parity);
+  } else {
+    finish_as<false, kBFloat16>(block, a, y_map, tile, sums, residual_parity);
   }
 }
 
@@ -468,7 +490,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                           const __grid_constant__ TensorMap y_map,         // [M, N]
                           const __grid_constant__ TensorMap residual_map,  // [M, N]
                           const IntGemmArguments a, int split) {
-  wait_for_earlier_kernels();
   const Block<Tile> block(a, split);
   const bool produces = threadIdx.x >= Tile::kConsumers * kWarpgroup;
   if (threadIdx.x == 0) {
@@ -484,12 +505,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   } else {
     sync_block();
   }
+  wait_for_earlier_kernels();
 
   Ring<Tile> ring;
   if (produces) {
     give_registers<kProducerRegisters>();
     const bool elected = threadIdx.x == Tile::kConsumers * kWarpgroup;
-    for (int tile = block.cluster; tile < block.tiles; tile += block.clusters) {
+    for (int tile = block.cluster; tile < block.tiles(); tile += block.clusters) {
       if (elected) produce(block, a, &x_map, tile, ring);
       if (Tile::kSplits && split > 1) {  // exchange() of the consumers
         sync_warp();
@@ -501,7 +523,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     take_registers<kConsumerRegisters>();
     const bool leads = threadIdx.x % kWarpgroup == 0;
     int residual_parity = 0;
-    for (int tile = block.cluster; tile < block.tiles; tile += block.clusters) {
+    for (int tile = block.cluster; tile < block.tiles(); tile += block.clusters) {
       if (a.residual != nullptr && leads && block.finishes()) {
         load_residual(block, &residual_map, tile);
       }

@@ -40,7 +40,7 @@ int attribute(cudaDeviceAttr what, int device) {
   if (found != known.end()) return found->second;
   int value = 0;
   const cudaError_t status = cudaDeviceGetAttribute(&value, what, device);
-  check(status == cudaSuccess, text("CUDA device ", device, ": ", cudaGetErrorString(status)));
+  check(status == cudaSuccess, "CUDA device ", device, ": ", cudaGetErrorString(status));
   return known[{what, device}] = value;
 }
 
@@ -78,12 +78,12 @@ int device_sm(int device) {
 int device_num_sms(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
 void launch_on_device(const Launch& config, const void* kernel, void** arguments) {
-  check(aoti_torch_get_current_cuda_stream != nullptr,
-        text(config.op, ": this torch is built without CUDA"));
+  check(aoti_torch_get_current_cuda_stream != nullptr, config.op,
+        ": this torch is built without CUDA");
   const torch::stable::accelerator::DeviceGuard guard(config.device);
   void* stream = nullptr;
-  check(aoti_torch_get_current_cuda_stream(config.device, &stream) == 0,
-        text(config.op, ": torch has no current CUDA stream"));
+  check(aoti_torch_get_current_cuda_stream(config.device, &stream) == 0, config.op,
+        ": torch has no current CUDA stream");
   grant_shared_bytes(config, kernel);
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;

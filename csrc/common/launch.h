@@ -11,7 +11,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -38,16 +37,27 @@ namespace lowbit {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <class... Parts>
-std::string text(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+template <class Part>
+void append(std::string& out, const Part& part) {
+  if constexpr (std::is_arithmetic_v<Part>) {
+    out += std::to_string(part);
+  } else {
+    out += part;
+  }
 }
 
-// What would otherwise read or write where it must not; the contract is checked in Python.
-inline void check(bool holds, const std::string& message) {
-  if (!holds) throw std::runtime_error(message);
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::string out;
+  (append(out, parts), ...);
+  return out;
+}
+
+// What would otherwise read or write where it must not; the contract is checked in Python. The
+// parts of the message are put together where it does not hold alone: a call checks dozens.
+template <class... Parts>
+void check(bool holds, const Parts&... message) {
+  if (!holds) throw std::runtime_error(text(message...));
 }
 
 // `t` lies on `device` and is of this dtype.
@@ -56,10 +66,10 @@ inline void check_place(const char* op, const char* name, const Tensor& t, Scala
 #ifdef LOWBIT_EMULATE
   (void)device;
 #else
-  check(t.is_cuda() && t.get_device_index() == device,
-        text(op, ": ", name, " must be on CUDA device ", device));
+  check(t.is_cuda() && t.get_device_index() == device, op, ": ", name, " must be on CUDA device ",
+        device);
 #endif
-  check(t.scalar_type() == dtype, text(op, ": ", name, " has another dtype than its kernel reads"));
+  check(t.scalar_type() == dtype, op, ": ", name, " has another dtype than its kernel reads");
 }
 
 // `t` lies on `device`, is contiguous, of this dtype, has `numel` elements and starts at a multiple
@@ -67,11 +77,10 @@ inline void check_place(const char* op, const char* name, const Tensor& t, Scala
 inline void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType dtype,
                          int64_t numel, int device, int alignment = 16) {
   check_place(op, name, t, dtype, device);
-  check(t.is_contiguous(), text(op, ": ", name, " must be contiguous"));
-  check(t.numel() == numel,
-        text(op, ": ", name, " must have ", numel, " elements, got ", t.numel()));
-  check(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % alignment == 0,
-        text(op, ": ", name, " must start at a multiple of ", alignment, " bytes"));
+  check(t.is_contiguous(), op, ": ", name, " must be contiguous");
+  check(t.numel() == numel, op, ": ", name, " must have ", numel, " elements, got ", t.numel());
+  check(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % alignment == 0, op, ": ", name,
+        " must start at a multiple of ", alignment, " bytes");
 }
 
 // `t` [..., K] lies on `device`, is of this dtype, and its rows are whole, start at multiples of 16
@@ -86,13 +95,13 @@ inline int64_t check_rows(const char* op, const char* name, const Tensor& t, Sca
   for (size_t i = last; i-- > 0;) {
     if (sizes[i] == 1) continue;
     if (stride == 0) stride = next = strides[i];
-    check(strides[i] == next, text(op, ": rows of ", name, " must be equally far apart"));
+    check(strides[i] == next, op, ": rows of ", name, " must be equally far apart");
     next *= sizes[i];
   }
   const int64_t element_bytes = dtype == ScalarType::Float ? 4 : 2;
   check(strides[last] == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 &&
             stride * element_bytes % 16 == 0,
-        text(op, ": rows of ", name, " must be whole and start at multiples of 16 bytes"));
+        op, ": rows of ", name, " must be whole and start at multiples of 16 bytes");
   return stride == 0 ? sizes[last] : stride;
 }
 
@@ -130,14 +139,14 @@ void visit_float_type(const char* op, const char* name, const Tensor& t, const V
     case ScalarType::BFloat16:
       return visit(__nv_bfloat16());
     default:
-      check(false, text(op, ": ", name, " must be fp32, fp16 or bf16"));
+      check(false, op, ": ", name, " must be fp32, fp16 or bf16");
   }
 }
 
 inline FloatType float_type(const char* op, const char* name, ScalarType type) {
   if (type == ScalarType::Float) return FloatType::kFloat;
   if (type == ScalarType::Half) return FloatType::kHalf;
-  check(type == ScalarType::BFloat16, text(op, ": ", name, " must be fp32, fp16 or bf16"));
+  check(type == ScalarType::BFloat16, op, ": ", name, " must be fp32, fp16 or bf16");
   return FloatType::kBFloat16;
 }
 

@@ -43,7 +43,7 @@ void launch_rows(const char* op, RowTiles<Tiles...>, int device, int64_t rows, i
     return true;
   };
   const bool found = ((length <= Tiles::kLongest && launch_with(Tiles())) || ...);
-  check(found, text(op, ": rows of ", length, " are too long for its kernels"));
+  check(found, op, ": rows of ", length, " are too long for its kernels");
 }
 
 template <class Kernels, class T, class Tile>

@@ -44,7 +44,7 @@ TensorMap make_tensor_map(int device, const void* base, int element_bytes, int64
   // where `device` is its current one: cudaSetDevice creates it.
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaError_t selected = cudaSetDevice(device);
-  check(selected == cudaSuccess, text("CUDA device ", device, ": ", cudaGetErrorString(selected)));
+  check(selected == cudaSuccess, "CUDA device ", device, ": ", cudaGetErrorString(selected));
   TensorMap map;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns * element_bytes)};
@@ -56,9 +56,8 @@ TensorMap make_tensor_map(int device, const void* base, int element_bytes, int64
       const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  check(status == CUDA_SUCCESS,
-        text("a tensor map of ", rows, " x ", columns, " elements of ", element_bytes,
-             " bytes was refused, CUDA driver error ", static_cast<int>(status)));
+  check(status == CUDA_SUCCESS, "a tensor map of ", rows, " x ", columns, " elements of ",
+        element_bytes, " bytes was refused, CUDA driver error ", static_cast<int>(status));
   return map;
 }
 

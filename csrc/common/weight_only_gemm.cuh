@@ -424,13 +424,8 @@ __device__ __forceinline__ void gemm_block(const Arguments& a, int4* workspace, 
                                                bit_cast<int>(acc[2]), bit_cast<int>(acc[3]));
       }
     }
-    fence_device();
-    sync_block();
-    int* arrived = reinterpret_cast<int*>(smem + G::kFlagAt);
-    if (threadIdx.x == 0) *arrived = atomic_add(arrivals + work.tile, 1);
-    sync_block();
-    if (*arrived != splits - 1) return;
-    fence_device();
+    int* flag = reinterpret_cast<int*>(smem + G::kFlagAt);
+    if (!is_last(arrivals + work.tile, splits, flag)) return;
     // All of them, its own too, in ascending order: the same bits whichever block is the last.
     constexpr int kAhead = kParts < kLoadsAhead ? kLoadsAhead / kParts : 1;
 #pragma unroll
