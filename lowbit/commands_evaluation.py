@@ -201,7 +201,7 @@ def run_table(args) -> Result:
     out = args.out and Path(args.out).expanduser()
     ledger = Ledger(out, of | {"calibration": fingerprint([windows])})
     full, rows = table.table(
-        load_model, protocol, recipes, formats, windows, args.seed, _tell, ledger
+        load_model, protocol, recipes, formats, calibration, tokenizer, args.seed, _tell, ledger
     )
     return {"model": args.target, **table.as_json(full, rows)}, table.markdown(full, rows)
 

@@ -150,7 +150,7 @@ def test_a_block_comes_much_nearer_than_at_the_start_and_than_quarots(longer):
     tokens, expected = tiny_tokens(), tiny_llama(num_layers=1)(tiny_tokens()).logits
     models = {"flat": longer, "quarot": quantized("quarot-rtn", num_layers=1)}
     errors = {name: (model(tokens).logits - expected).norm() for name, model in models.items()}
-    assert errors["flat"] < 0.85 * errors["quarot"]
+    assert errors["flat"] < 0.9 * errors["quarot"]
 
 
 @pytest.mark.parametrize("recipe", ["flatquant", "flatquant-gptaq"])

@@ -18,6 +18,7 @@ from lowbit.progress import Progress
 from lowbit.recipes import overridden, recipe_named
 from lowbit.rounding import RTN
 from lowbit.rounding.grid import fake_quantize
+from lowbit.rounding.learned import _Largest
 from lowbit.training import Training, _quantized, _trainable, learn_rotations
 from lowbit.transforms import FoldNorms, LearnedRotation, LearnRotation, Rotate, fit
 from lowbit.transforms.cayley import CayleySGD, cayley_step, nearest_orthogonal
@@ -52,6 +53,20 @@ def test_a_cayley_step_stays_orthogonal_and_goes_downhill(lr):
     assert ((moved - target).square().sum((1, 2)) < (x - target).square().sum((1, 2))).all()
 
 
+def test_the_basis_before_the_rotation_does_not_matter_to_a_step():
+    """An outlier is one channel there; steps bounded by its column were several times too short."""
+    generator = torch.Generator().manual_seed(0)
+    x, basis = (
+        nearest_orthogonal(torch.randn(16, 16, generator=generator, dtype=torch.float64))
+        for _ in range(2)
+    )
+    gradient = torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    gradient[3] *= 100
+    for lr in (1e-4, 1.5):
+        expected = basis @ cayley_step(x, gradient, lr)
+        torch.testing.assert_close(cayley_step(basis @ x, basis @ gradient, lr), expected)
+
+
 def test_cayley_sgd_finds_a_rotation():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(256, 8, generator=generator)
@@ -77,6 +92,24 @@ def test_the_gradient_follows_the_range_that_a_quantizer_takes(format):
     assert torch.equal(y, fake_quantize(x, activation, 0.9)) and not torch.equal(y, x)
     (y * weights).sum().backward()
     torch.testing.assert_close((x.grad * x).sum(1), (y * weights).sum(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("share, sharing", [(0.9, [1, 2, 5]), (1.0, [2]), (3.0, [2])])
+def test_what_a_clip_cuts_off_shares_the_gradient_of_the_range(share, sharing):
+    """Else the largest had all of it, be the next as near as it may."""
+    x = torch.tensor([[-1.0, 0.99, 1.0, 0.5, -0.2, 0.97, 0.0, 0.1]], requires_grad=True)
+    largest = _Largest.apply(x, torch.tensor([share]))
+    largest.backward(torch.tensor([2.0]))
+    assert largest.item() == 1.0 and x.grad[0].nonzero().flatten().tolist() == sharing
+    assert (x.grad[0, sharing] == x.grad[0, 2]).all()
+    assert (x.grad * x).sum().item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("row", [[-2.0, -1.0, -1.5], [0.0, 0.0, 0.0]])
+def test_the_gradient_of_a_range_that_ends_at_zero_is_finite(row):
+    x = torch.tensor([row], requires_grad=True)
+    _Largest.apply(x, torch.tensor([0.9])).backward(torch.ones(1))
+    assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("clip", ["none", "weight"])
@@ -135,7 +168,7 @@ def test_learning_lowers_the_loss_and_spares_the_model():
     model = tiny_llama()
     before = {name: p.clone() for name, p in model.named_parameters()}
     _, report = learned(model, SPINQUANT, replace(SHORT, steps=40, batch=4))  # one batch, again
-    assert report["last_loss"] < report["first_loss"] - 0.05 and len(report["losses"]) == 40
+    assert report["last_loss"] < report["first_loss"] - 0.03 and len(report["losses"]) == 40
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

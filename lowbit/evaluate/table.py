@@ -54,13 +54,18 @@ def table(
     protocol: Protocol,
     recipes: list[Recipe],
     formats: list[str],
-    calibration: Tensor | None,
+    calibration: Tensor | str | None,
+    tokenizer=None,
     seed: int = 0,
     each=lambda row: None,
     ledger: Ledger = NOTHING_KEPT,
 ) -> tuple[Found, list[Row]]:
     """Every recipe at every format; `load_model()` returns a fresh full-precision model, `each` is
-    called with every row as it is measured, which those in the ledger are not again."""
+    called with every row as it is measured, which those in the ledger are not again.
+
+    calibration, tokenizer, seed   quantize's; of a text what learns rotations draws as many windows
+                                   as it asks for, as `lowbit quantize` does
+    """
     full = ledger.full()
     if full is None:
         full = full_precision(load_model, protocol)
@@ -70,7 +75,9 @@ def table(
         for recipe in recipes:
             row = ledger.row(recipe, format)
             if row is None:
-                model, cost = quantize_at_cost(load_model(), recipe, format, calibration, seed)
+                model, cost = quantize_at_cost(
+                    load_model(), recipe, format, calibration, seed, tokenizer
+                )
                 row = row_of(model.to(torch.float32), cost, full, protocol)
                 del model  # before the next one is read: its peak would hold this one too
                 ledger.add(recipe, row)
@@ -80,13 +87,18 @@ def table(
 
 
 def quantize_at_cost(
-    model, recipe: Recipe | str, format: str, calibration: Tensor | None, seed: int
+    model,
+    recipe: Recipe | str,
+    format: str,
+    calibration: Tensor | str | None,
+    seed: int,
+    tokenizer=None,
 ) -> tuple[PreTrainedModel, Cost]:
     """The quantized model, and what quantizing it took."""
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
     start = clock()
     with peak_memory(model.device) as peak:
-        model = quantize(model, recipe, format, calibration=calibration, seed=seed)
+        model = quantize(model, recipe, format, calibration, tokenizer, seed)
     return model, Cost(clock() - start, peak.bytes)
 
 

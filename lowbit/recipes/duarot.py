@@ -17,7 +17,7 @@ LOCAL = 64
 ROTATIONS = (
     FoldNorms(),
     LearnRotation("residual", local=LOCAL),
-    LearnRotation("value", per_block=True),
+    LearnRotation("value", per_block=True, local=LOCAL),
     LearnRotation("mlp_hidden"),
     LearnRotation("query_key"),
 )

@@ -13,6 +13,7 @@ without it, and zero for an offset whose code is clamped.
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn, stack
 
 from lowbit.formats import IntFormat
@@ -34,6 +35,29 @@ def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
     if not smooth.requires_grad:
         return exact
     return exact.detach() + (smooth - smooth.detach())
+
+
+class _Largest(torch.autograd.Function):
+    """amax(-1) of x [..., g], whose gradient all values from `share` [...] of it on have in common.
+
+    These are what a clipped quantizer makes the same of. Of a row whose values are nearly alike, as
+    a rotation makes them of an outlier, the largest alone would have all of it, and moving that one
+    lowers the range by no more than to the next. x times the gradient is the range still.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, share: Tensor) -> Tensor:
+        largest = x.amax(-1)
+        ctx.save_for_backward(x, largest, torch.minimum(largest, share * largest))
+        return largest
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        x, largest, least = ctx.saved_tensors
+        common = x >= least.unsqueeze(-1)
+        total = (x * common).sum(-1)
+        each = torch.where(total == 0, 0.0, gradient * largest / total)
+        return common * each.unsqueeze(-1), None
 
 
 def quantized_through(x: Tensor, format: IntFormat, clip: float) -> Tensor:
@@ -64,11 +88,11 @@ def simulate(
     """
     groups = weight.unflatten(-1, (format.num_groups(weight.shape[1]), -1))  # [N, G, g]
     if format.symmetric:
-        bottom, top = None, groups.abs().amax(-1) * high
+        bottom, top = None, _Largest.apply(groups.abs(), high.detach()) * high
         ends, span = top, top
     else:
-        bottom = groups.amin(-1).clamp(max=0) * low
-        top = groups.amax(-1).clamp(min=0) * high
+        bottom = -_Largest.apply(-groups, low.detach()).clamp(min=0) * low
+        top = _Largest.apply(groups, high.detach()).clamp(min=0) * high
         ends, span = stack((bottom, top), -1).flatten(-2), top - bottom
     grid = grid_of_ends(ends.detach(), format)
 

@@ -1,12 +1,15 @@
 """CayleySGD: gradient descent over orthogonal matrices.
 
-For an orthogonal X with gradient G, A = G X^T - X G^T is skew, and
+For an orthogonal X with gradient G, A = X^T G - G^T X is skew, and
 
-    X <- (I + t/2 A)^-1 (I - t/2 A) X
+    X <- X (I + t/2 A)^-1 (I - t/2 A)
 
 is orthogonal again for every t (Wen and Yin 2013; Li, Fuxin and Todorovic 2020, arXiv 2002.01113,
-algorithm 1, whose fixed-point iteration is a linear solve here). With t = min(lr, 1 / |A|) no step
-turns any plane by more than about half a radian, so that lr may be as large as SpinQuant's 1.5.
+algorithm 1, whose fixed-point iteration is a linear solve here). With t = min(lr / 2, 1 / |A|) no
+step turns any plane by more than half a radian, so that lr may be as large as SpinQuant's 1.5; it
+is halved since SpinQuant's code has A / 2 in A's place. |A| is the 1-norm, and not that of
+X A X^T = G X^T - X G^T, which gives the same X: there, in the basis before the rotation, the
+channel of an outlier has a column several times as long, and steps would be as much shorter.
 """
 
 import torch
@@ -47,12 +50,12 @@ class CayleySGD(torch.optim.Optimizer):
 
 def cayley_step(x: Tensor, gradient: Tensor, lr: float) -> Tensor:
     """x [..., n, n] moved along minus its gradient, orthogonal if x is."""
-    skew = gradient @ x.mT
+    skew = x.mT @ gradient
     skew = skew - skew.mT
     size = torch.linalg.matrix_norm(skew, 1, keepdim=True)
-    step = (1 / (size + 1e-8)).clamp(max=lr) / 2
+    step = (1 / (size + 1e-8)).clamp(max=lr / 2) / 2
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return torch.linalg.solve(eye + step * skew, x - step * skew @ x)
+    return x @ torch.linalg.solve(eye + step * skew, eye - step * skew)
 
 
 def cayley(x: Tensor) -> Tensor:
