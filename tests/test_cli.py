@@ -10,7 +10,7 @@ import torch
 from models import tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
-from lowbit import cli, demo
+from lowbit import cli, demo, training
 from lowbit.checkpoint import load, save
 from lowbit.errors import InputError
 from lowbit.evaluate.text import manual_text
@@ -208,6 +208,22 @@ def test_a_table_goes_on_from_its_file(capsys, tmp_path, source, text, monkeypat
     assert len(rows.read_text().splitlines()) == 6
     rows.write_text("nonsense\n")
     assert_one_line(in_process(capsys, *both), "line 1 of", "must be a result of lowbit's")
+
+
+def test_a_table_learns_on_windows_of_its_own_as_quantize_does(capsys, source, text, monkeypatch):
+    taken, learn = [], training.learn_rotations
+
+    def learn_rotations(model, fitted, spec, format, clips, windows, *more):
+        taken.append(tuple(windows.shape))
+        return learn(model, fitted, spec, format, clips, windows, *more)
+
+    monkeypatch.setattr(training, "learn_rotations", learn_rotations)
+    learned = ("--recipe", "spinquant-rtn", "--samples", 1, "--length", 32)
+    for setting in ("steps=2", "batch=2", "length=16"):
+        learned += ("--set", f"training.{setting}")
+    measured = ("--format", "w8a8", "--kind", "fake", "--text", text, *WINDOWS)
+    code, _, err = in_process(capsys, "table", source, *learned, *measured)
+    assert code == 0 and taken == [(4, 16)], err
 
 
 def test_recipes_are_listed_and_changed(capsys, tmp_path, source):
