@@ -103,7 +103,8 @@ class CudaClock:
     def _captured(self, run: Callable[[], object], calls: int):
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # The outer one: a capture that fails leaves its stream current.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 for _ in range(calls):
                     run()
         except RuntimeError:  # it synchronizes or reads back

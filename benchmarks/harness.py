@@ -201,7 +201,11 @@ def _plan(case: Case, device: torch.device) -> str:
     if not case.plan:
         return ""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return cuda.launch().plan(case.op.name, list(case.plan), cuda.sm(device), num_sms)
+    try:
+        launch = cuda.launch()
+    except RuntimeError:  # not built for this Python, which the kernels do not need
+        return ""
+    return launch.plan(case.op.name, list(case.plan), cuda.sm(device), num_sms)
 
 
 def _row(case: Case, backend: str, peer: str, why_not: str) -> Row:

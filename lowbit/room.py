@@ -15,7 +15,8 @@ AVAILABLE = "MemAvailable:"  # man 5 proc: what new programs can have without sw
 def free_bytes(device: torch.device) -> int | None:
     """What may still be allocated there; None where nobody says."""
     if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept  # which torch has and nothing uses
     if device.type == "cpu" and MEMINFO.is_file():
         for line in MEMINFO.read_text().splitlines():
             if line.startswith(AVAILABLE):

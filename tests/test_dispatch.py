@@ -1,5 +1,7 @@
 """dispatch: which backend runs, what it says when none can, and what torch.library sees."""
 
+import sys
+
 import pytest
 import torch
 from helpers import assert_bitwise, assert_registered
@@ -53,6 +55,17 @@ def test_first_backend_that_can_runs(scale):
     assert scale(LARGE, 9.0)[0] == 3.0  # cuda can, and comes first
     assert scale(LARGE, 5.0)[0] == 2.0  # triton can
     assert scale(SMALL, 5.0)[0] == 5.0  # only the reference can
+
+
+def test_an_allocation_that_fails_in_a_kernel_is_out_of_memory(scale, monkeypatch):
+    """torch's stable ABI says no more than which function failed."""
+
+    def full(x, factor):
+        raise RuntimeError('torch_call_dispatcher( "aten::new_empty", "", stack) API call failed')
+
+    monkeypatch.setattr(sys.modules[__name__], "run_cuda", full)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory. test_scale found no room"):
+        scale(LARGE, 9.0)
 
 
 def test_reasons_in_order_of_preference(scale):

@@ -7,7 +7,14 @@ import pytest
 import torch
 from models import tiny_config, tiny_model, tiny_tokens
 from packed import packed_llama
-from transformers import GenerationConfig, MistralConfig, MixtralConfig
+from transformers import (
+    GenerationConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 import lowbit
 from lowbit.errors import InputError
@@ -38,11 +45,14 @@ def recorded(monkeypatch):
         outputs = model(**inputs)
         table.seen.copy_(before[0])
         table.columns.copy_(before[1])
-        outputs.logits.fill_(torch.nan)  # until it is replayed
+        for tensor in graphs._tensors(outputs):
+            tensor.fill_(torch.nan)  # until it is replayed
 
         def replay():
             counts[index] += 1
-            outputs.logits.copy_(model(**inputs).logits)
+            new = graphs._tensors(model(**inputs))
+            for tensor, value in zip(graphs._tensors(outputs), new, strict=True):
+                tensor.copy_(value)
 
         return outputs, replay
 
@@ -85,14 +95,37 @@ def test_one_graph_a_generate(model, recorded):
 
 
 def test_what_is_returned_stays(model, recorded):
-    """Logits of all steps, where a graph writes each over the last; and the cache."""
-    options = {"output_logits": True, "return_dict_in_generate": True}
+    """Of all steps, where a graph writes each over the last; and the cache."""
+    options = {"output_logits": True, "return_dict_in_generate": True, "output_hidden_states": True}
     expected = generate(model, tiny_tokens(2, 7), disable_compile=True, **options)
     got = generate(model, tiny_tokens(2, 7), **options)
     assert len(got.logits) == NEW
     assert all(torch.equal(a, b) for a, b in zip(got.logits, expected.logits, strict=True))
+    steps = zip(got.hidden_states, expected.hidden_states, strict=True)
+    assert all(torch.equal(a, b) for step in steps for a, b in zip(*step, strict=True))
     assert isinstance(got.past_key_values, StaticQuantKVCache)
     assert got.past_key_values.seq_lens == expected.past_key_values.seq_lens
+
+
+def test_a_cache_has_the_room_of_its_own_call(model, recorded):
+    lengths = [
+        generate(
+            model, tiny_tokens(1, columns), max_new_tokens=4, return_dict_in_generate=True
+        ).past_key_values.table.max_length
+        for columns in (150, 5)
+    ]
+    assert lengths[0] >= 150 + 3 and lengths[1] < 150
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config, SmolLM3Config])
+def test_a_mask_for_each_kind_of_layer(kind, monkeypatch, model, recorded):
+    """transformers makes a new dict of them for every step."""
+    model = lowbit.quantize(tiny_model(tiny_config(kind)), "rtn", "w8a8kv8", progress=False)
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *args: True)
+    ids, mask = batch()
+    expected = generate(model, ids, attention_mask=mask, disable_compile=True)
+    assert torch.equal(generate(model, ids, attention_mask=mask), expected)
+    assert recorded == [NEW - 2]
 
 
 @torch.no_grad()

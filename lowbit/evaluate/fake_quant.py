@@ -47,14 +47,19 @@ def fake_codes(
     levels = 2.0**grid.bits - 1
     if grid.symmetric:
         largest = 2.0 ** (grid.bits - 1) - 1
-        scale = clip * x.abs().amax(-1, keepdim=True) / largest
+        scale = _quotient(clip * x.abs().amax(-1, keepdim=True), largest)
         scale = scale.clamp(min=MIN_SCALE).to(scale_dtype).to(x.dtype)
         return torch.clamp((x / scale).round(), -largest - 1, largest), scale
     high = clip * x.amax(-1, keepdim=True).clamp(min=0)
     low = clip * x.amin(-1, keepdim=True).clamp(max=0)
-    scale = ((high - low) / levels).clamp(min=MIN_SCALE).to(scale_dtype).to(x.dtype)
+    scale = _quotient(high - low, levels).clamp(min=MIN_SCALE).to(scale_dtype).to(x.dtype)
     zero = (-low / scale).round().clamp(0, levels)
     return torch.clamp((x / scale).round() + zero, 0, levels) - zero, scale
+
+
+def _quotient(x: Tensor, number: float) -> Tensor:
+    """x / number, rounded once on a GPU too, where torch multiplies by the inverse of a number."""
+    return x / torch.full_like(x, number)
 
 
 def fake_quantize(

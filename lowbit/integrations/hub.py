@@ -30,6 +30,11 @@ class PackedModel:
         """
         if wants_graphs(self, generation_config, kwargs):
             kwargs["cache_implementation"] = "static"
+            config = generation_config or self.generation_config
+            if kwargs.get("compile_config", getattr(config, "compile_config", None)) is None:
+                # transformers makes no cache smaller than the largest before, for what it compiled;
+                # graphs are recorded anew.
+                self._previous_max_cache_length = -1
         return super().generate(inputs, generation_config, **kwargs)
 
     def get_compiled_call(self, compile_config: CompileConfig | None):
@@ -42,7 +47,10 @@ class PackedModel:
     def _prepare_static_cache(self, *args, **kwargs) -> Cache:
         """generate()'s cache of fixed size. transformers' keeps no more than the sliding window of
         layers that have one, and then no longer knows what length was asked for."""
-        cache, kv = super()._prepare_static_cache(*args, **kwargs), self.lowbit_config.format.kv
+        kv = self.lowbit_config.format.kv
+        if kv is not None and kwargs.get("prefill_chunk_size") is not None:
+            kwargs["prefill_chunk_size"] = None  # it would have room in full precision at once
+        cache = super()._prepare_static_cache(*args, **kwargs)
         if kv is None or type(cache) is not StaticCache or cache.offloading:
             return cache
         lengths = [layer.max_cache_len for layer in cache.layers]

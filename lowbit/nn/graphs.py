@@ -6,7 +6,7 @@ generate(): recording one takes a forward's launches, compiling would take minut
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -68,16 +68,17 @@ class GraphedForward:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.seen: set[tuple] = set()
+        self.seen: dict[tuple, list] = {}  # with what a key names by id, which then stays its own
         self.steps: dict[tuple, _Step] = {}
         self.refused = False
 
     def __call__(self, **inputs) -> ModelOutput:
         cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
         is_step = isinstance(cache, StaticQuantKVCache) and ids is not None and ids.shape[1] == 1
-        key = _key(inputs)
+        objects = []
+        key = _key(inputs, objects)
         if not is_step or self.refused or key not in self.seen:
-            self.seen.add(key)
+            self.seen[key] = objects
             return self.model(**inputs)
         if key not in self.steps:
             step = _Step(self.model, inputs)
@@ -98,14 +99,15 @@ class _Step:
 
     def __init__(self, model: PreTrainedModel, inputs: dict):
         self.cache = inputs["past_key_values"]
-        self.inputs = {name: t.clone() for name, t in inputs.items() if isinstance(t, Tensor)}
+        self.inputs = _mapped(inputs, Tensor.clone)
         self.columns = int(self.cache.get_seq_length())  # the host waits here, and not again
         self.why_not = None
         try:
-            self.outputs, self.replay = record(model, {**inputs, **self.inputs})
+            self.outputs, self.replay = record(model, self.inputs)
         except RuntimeError as error:
             self.cache.table.open = None  # the forward was left half way; nothing of it has run
-            self.why_not = str(error).strip().splitlines()[0]
+            cause = error.__context__ or error  # the end of a capture that failed fails too
+            self.why_not = str(cause).strip().splitlines()[0]
 
     def run(self, inputs: dict) -> ModelOutput:
         # In a graph nothing checks, and a page that is not there would be the device's error.
@@ -115,29 +117,58 @@ class _Step:
                 f"prompt longer than the KV cache: its capacity is {room} tokens a sequence, got "
                 f"{self.columns + 1}"
             )
-        for name, own in self.inputs.items():
-            own.copy_(inputs[name])
+        for own, new in zip(_tensors(self.inputs), _tensors(inputs), strict=True):
+            own.copy_(new)
         self.replay()
         self.columns += 1
-        copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.outputs.items()}
-        return type(self.outputs)(**copies)
+        return _mapped(self.outputs, Tensor.clone)
 
 
 def record(model: PreTrainedModel, inputs: dict) -> Recorded:
-    """A CUDA graph of model(**inputs), which does not run now."""
+    """A CUDA graph of model(**inputs), which does not run now.
+
+    On a stream of the model's device, where another one may be current; a capture that fails would
+    leave that stream current, but for the outer one. Other threads may go on allocating.
+    """
+    device = next(model.parameters()).device
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = model(**inputs)
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            outputs = model(**inputs)
     return outputs, graph.replay
 
 
-def _key(inputs: dict) -> tuple:
-    """What a recorded forward depends on besides the numbers in its tensors."""
-    parts = []
-    for name, value in sorted(inputs.items()):
-        if isinstance(value, Tensor):
-            value = (tuple(value.shape), value.dtype, value.device)
-        elif not isinstance(value, bool | int | float | str | None):
-            value = id(value)
-        parts.append((name, value))
-    return tuple(parts)
+def _key(value, objects: list) -> Hashable:
+    """What a recorded forward depends on besides the numbers in its tensors, which may lie in dicts
+    and tuples (a mask for each kind of layer). Others count as themselves: they join `objects`."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.device
+    if isinstance(value, dict):
+        return tuple((name, _key(part, objects)) for name, part in sorted(value.items()))
+    if isinstance(value, list | tuple):
+        return tuple(_key(part, objects) for part in value)
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    objects.append(value)
+    return id(value)
+
+
+def _mapped(value, of: Callable[[Tensor], Tensor]):
+    """The same dicts and tuples with other tensors in them."""
+    if isinstance(value, Tensor):
+        return of(value)
+    if isinstance(value, dict):  # ModelOutput too
+        return type(value)(**{name: _mapped(part, of) for name, part in value.items()})
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(part, of) for part in value)
+    return value
+
+
+def _tensors(value) -> list[Tensor]:
+    """Those of _mapped, in order of names."""
+    if isinstance(value, dict):
+        return [t for _, part in sorted(value.items()) for t in _tensors(part)]
+    if isinstance(value, list | tuple):
+        return [t for part in value for t in _tensors(part)]
+    return [value] if isinstance(value, Tensor) else []

@@ -80,7 +80,14 @@ class Op:
         for name in BACKENDS:  # those after the one that runs are not asked
             if backend in (None, name) and self._has(name) and self._why_not(name, args) is None:
                 run = self.reference if name == "reference" else self.backends[name].load()
-                return run(*args)
+                try:
+                    return run(*args)
+                except RuntimeError as error:
+                    # All that torch's stable ABI says of an allocation that fails.
+                    if "aten::new_empty" not in str(error):
+                        raise
+                    message = f"CUDA out of memory. {self.name} found no room for what it makes"
+                    raise torch.OutOfMemoryError(message) from error
         asked = (
             "no backend can" if backend is None else f"backend {backend!r} was asked for and cannot"
         )
