@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit.formats import MIN_SCALE, Layout, PackedTensor
 from lowbit.ops import to_layout
-from lowbit.ops.dispatch import Op
+from lowbit.ops.dispatch import Op, interpreted
 
 MAX_CODE_SHARE = 1e-4  # of codes may differ between backends, each by one step
 
@@ -88,6 +88,16 @@ def assert_no_worse_than_torch(got: Tensor, in_torch: Tensor, in_fp64: Tensor, f
     assert error.max() <= limit, _report(
         f"error {error.max():.3g} against fp64 exceeds {limit:.3g}", error > limit, got, in_fp64
     )
+
+
+def assert_same_logits(got: Tensor, expected: Tensor):
+    """Of a small random model by Triton's kernels and by the reference.
+
+    Interpreted they add in one order. Compiled, a unit in the last place of attention's outputs
+    changes codes further on, and these logits by some per cent: there each op's own tests count.
+    """
+    share = 1e-5 if interpreted() else 0.1
+    assert (got - expected).norm() < share * expected.norm()
 
 
 def slow_quantize(row, bits: int, symmetric: bool, clip: float, scale_dtype=np.float32):

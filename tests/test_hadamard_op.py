@@ -8,7 +8,7 @@ from helpers import assert_bitwise, assert_no_worse_than_torch, assert_registere
 
 from lowbit.hadamard import HadamardOrderError, hadamard_matrix
 from lowbit.ops import hadamard
-from lowbit.ops.dispatch import NoBackendError
+from lowbit.ops.dispatch import NoBackendError, interpreted
 from lowbit.ops.hadamard import HADAMARD
 from lowbit.ops.quantize import FLOAT_DTYPES
 
@@ -186,11 +186,12 @@ def test_triton_random_inputs(K, order, inner):
     generator = torch.Generator().manual_seed(K)
     x = torch.randn(3, K, generator=generator)
     matrix = hadamard_matrix(order).double() / math.sqrt(order)
+    floor = 1e-13 if interpreted() else 1e-6  # matrix units cut off what they align to add
     for dtype in (torch.float32, torch.float16):
         x = x.to(dtype)
         in_torch = dense(x, matrix.to(dtype), inner)
         got = hadamard(x, order, inner, backend="triton")
-        assert_no_worse_than_torch(got, in_torch, dense(x.double(), matrix, inner), floor=1e-13)
+        assert_no_worse_than_torch(got, in_torch, dense(x.double(), matrix, inner), floor)
 
 
 @INTERPRET

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import assert_same_logits
 from models import tiny_llama, tiny_tokens
 
 import lowbit
@@ -47,7 +48,7 @@ def test_tiny_model(quantized, format):
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_heads": 2, "num_kv_heads": 1}
     model, tokens = quantized(tiny_llama(**sizes), format), tiny_tokens(2, 9)
     expected = logits_of(model, "reference", tokens)
-    assert difference(logits_of(model, "triton", tokens), expected) < 1e-5
+    assert_same_logits(logits_of(model, "triton", tokens), expected)
 
 
 @pytest.mark.slow

@@ -20,24 +20,30 @@ class Speed:
     hardware: str
 
 
+START = 4  # tokens: more than the steps that differ from all others
+
+
 @torch.inference_mode()
 def speed(model, tokens: Tensor, new: int) -> Speed:
     """Of a transformers causal LM on a prompt int64 [n]; each run once, after one to warm up.
 
-    Decoding is the time of 1 + new tokens less that of one, so neither has the other's in it.
+    Decoding is the time of START + new tokens less that of START: prefill is in both, and the
+    first steps, of which a GPU runs one as it is and records one (lowbit/nn/graphs.py).
     """
-    room = model.config.max_position_embeddings - new - 1
+    most = model.config.max_position_embeddings
+    room = most - new - START
     if new < 1 or not 1 <= len(tokens) <= room:
         raise InputError(
             f"speed needs at least 1 new token and a prompt of 1 to {room} tokens, the model's "
-            f"{model.config.max_position_embeddings} less {new + 1}, got {new} and {len(tokens)}"
+            f"{most} less {new + START}, got {new} and {len(tokens)}"
         )
     prompt = tokens[None].to(model.device)
-    _seconds(model, prompt, 2)
-    one, all_of_them = _seconds(model, prompt, 1), _seconds(model, prompt, 1 + new)
+    _seconds(model, prompt, START)
+    one, few = _seconds(model, prompt, 1), _seconds(model, prompt, START)
+    all_of_them = _seconds(model, prompt, START + new)
     cuda = model.device.type == "cuda"
     hardware = torch.cuda.get_device_name(model.device) if cuda else _cpu()
-    decode = new / max(all_of_them - one, 1e-9)
+    decode = new / max(all_of_them - few, 1e-9)
     return Speed(len(tokens) / one, decode, len(tokens), new, hardware)
 
 
