@@ -284,13 +284,20 @@ def test_no_spills_and_no_local_memory():
 
 
 def test_every_kernel_first_waits_for_the_one_before():
-    """What overlap_launches rests on, in the source."""
+    """What overlap_launches rests on, in the source: before it, barriers of its own at the most."""
+    its_own = {"block", "mbarrier_init", "fence_mbarrier_init", "sync_cluster", "sync_block"}
+    wait = "\n  wait_for_earlier_kernels();"  # at the depth of the body: every thread comes by
     files = [*(ROOT / "csrc").glob("*.cu"), *(ROOT / "csrc/common").glob("*.cuh")]
     kernels = [k for f in files for k in f.read_text().split("__global__ void")[1:]]
     assert len(kernels) >= 11
     for kernel in kernels:
-        body = kernel[kernel.index(") {") + 3 :]
-        assert body.lstrip().startswith("wait_for_earlier_kernels();"), kernel[:120]
+        body = kernel[kernel.index(") {") + 3 : kernel.index("\n}\n")]
+        assert wait in body, kernel[:120]
+        before = body[: body.index(wait)]
+        assert "return" not in before, kernel[:120]
+        called = set(re.findall(r"(\w+)\(", before)) - {"if", "for", "constexpr"}
+        assert called <= its_own, (called - its_own, kernel[:120])
+        assert not re.search(r"[*]\s*\w+\s*=|->|\w\[", before), kernel[:120]  # no memory
 
 
 @pytest.mark.slow

@@ -40,9 +40,10 @@ __host__ __device__ constexpr Int ceil_div(Int a, Int b) {
   return (a + b - 1) / b;
 }
 
-// First in every kernel. Launched with overlap_launches (sm_90 and later, common/registry.h) its
-// blocks are there before the kernel in front of it has ended: until here they may touch nothing
-// that another kernel reads or writes. From here on the next kernel's blocks may come.
+// First in every kernel, but for barriers in shared memory of its own. Launched with
+// overlap_launches (sm_90 and later, common/registry.h) its blocks are there before the kernel in
+// front of it has ended: until here they may touch nothing that another kernel reads or writes.
+// From here on the next kernel's blocks may come.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if !defined(LOWBIT_EMULATE) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
