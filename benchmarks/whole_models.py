@@ -140,6 +140,7 @@ class Contender:
         self.kv = model.lowbit_config.format.kv if self.is_packed else None
         self.is_static = compiled or self.kv is not None
         self.forward = torch.compile(model, dynamic=False) if compiled else model
+        self.is_compiled = compiled
 
     @property
     def weight_bytes(self) -> int:
@@ -152,6 +153,7 @@ class Contender:
         Compiled, transformers keeps no cache, which is in its favour: it stores nothing, and its
         attention needs no mask for a cache of fixed size.
         """
+        self._forget_shapes()
         ids = self._random_ids(batch, tokens)
         if self.kv is None and self.is_static:
             return Call(lambda: self.forward(ids, use_cache=False, logits_to_keep=1), 0)
@@ -174,6 +176,7 @@ class Contender:
 
     def decode(self, batch: int, context: int, compiled: bool = True) -> Call:
         """Of one token a sequence, which is the last of `context` in the cache."""
+        self._forget_shapes()
         forward = self.forward if compiled else self.model
         ids = self._random_ids(batch, 1)
         if self.kv is not None:
@@ -196,6 +199,12 @@ class Contender:
             return forward(ids, past_key_values=cache)
 
         return Call(run, kv_bytes)
+
+    def _forget_shapes(self):
+        """Before each case: dynamo compiles a function for eight shapes and runs others as they
+        are."""
+        if self.is_compiled:
+            torch.compiler.reset()
 
     def _decode_growing(self, ids: Tensor, context: int) -> Call:
         cache, config = DynamicCache(config=self.model.config), self.model.config

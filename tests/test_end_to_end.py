@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,20 @@ def test_a_call_does_the_same_again_and_fills_its_context():
     cache = packed("w4a4kv4").decode(3, 70).run().past_key_values
     assert cache.seq_lens == [70, 70, 70] and cache.nbytes > 0
     assert full().decode(3, 70).run().past_key_values.get_seq_length() == 70
+
+
+@torch.inference_mode()
+def test_however_many_cases_all_are_compiled(monkeypatch):
+    """Where dynamo has compiled a function for as many shapes as it may, it says nothing."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = full_model("tiny", MODELS["tiny"], None, CPU)
+    contender = Contender("bf16 compiled", model, compiled=True)
+    few = {"recompile_limit": 1, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(few):
+        for make in (contender.prefill, contender.decode):
+            for tokens in (9, 12):
+                call = make(2, tokens)
+                assert torch.equal(call.run().logits, call.run().logits)
 
 
 def test_models_are_those_of_the_shapes():
