@@ -61,6 +61,9 @@ def test_recipes_and_formats_of_rows():
     row = the_row("003.W3G128", "Mistral-7B", "w3a16g128", "AutoRound")
     assert (row.recipe.name, row.format) == ("autoround", "w3a16g128-wasym")
     assert the_row("000.6", "Mistral-7B", "w16a16", "FP16").format == "w16a16"
+    for name in ("SpinQuant, RTN", "DuaRot, GPTQ"):
+        assert the_row("000.6", "LLaMA-2-7B", "w4a4kv4", name).format == "w4a4kv4-aasym"
+    assert the_row("001.6", "LLaMA-2-7B", "w4a16", "SpinQuant*, RTN").format == "w4a16"
 
 
 def test_the_spread_between_papers():

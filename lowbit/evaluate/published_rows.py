@@ -55,7 +55,9 @@ WORDS, AVERAGE = "lmeval_wikitext_word_ppl", "avg_acc"
 WORDS_TASK = "wikitext"
 
 # Of weights alone, sources whose tables are of asymmetric ranges (llmc's and AutoRound's defaults).
-ASYMMETRIC = ("003", "004")
+ASYMMETRIC_WEIGHTS = ("003", "004")
+# Methods whose code gives activations such ranges; DuaRot takes SpinQuant's settings.
+ASYMMETRIC_ACTIVATIONS = ("SpinQuant", "SpinQuant*", "DuaRot")
 # SpinQuant's tasks are of a harness that is not public: lm-eval is some points away from it.
 OTHER_HARNESS = ("001", "002")
 NORMED = ("000",)  # prints acc_norm where a task has it; the others acc
@@ -108,9 +110,12 @@ class PublishedRow:
 
     @property
     def format(self) -> str:
-        """The setting with the source's symmetry."""
-        alone = self.cells[0]["a_bits"] == "16" and not self.is_full
-        return self.setting + ("-wasym" if alone and self.source in ASYMMETRIC else "")
+        """The setting with the symmetry of the source, and of the method."""
+        if self.is_full:
+            return self.setting
+        if self.cells[0]["a_bits"] == "16":
+            return self.setting + ("-wasym" if self.source in ASYMMETRIC_WEIGHTS else "")
+        return self.setting + ("-aasym" if self.method in ASYMMETRIC_ACTIVATIONS else "")
 
     @property
     def metrics(self) -> tuple[str, ...]:

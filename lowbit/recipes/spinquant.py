@@ -4,8 +4,8 @@ Liu et al. 2024, arXiv 2405.16406; written from the paper. R1 (residual) and R2 
 each block) are learned, R3 (q and k) and R4 (MLP hidden) are online Hadamard matrices; `-no-had`
 leaves those out. The o_proj input is not rotated across heads: the authors' code quantizes it in
 groups of head_dim, here it has one scale a token like every other. Activations are asymmetric in
-the paper, as in the format w4a4kv4-aasym, and nothing is clipped. The clips here are QuaRot's:
-better for both kinds of activations (docs/notes/0008).
+the paper, so that its rows run as w4a4kv4-aasym (lowbit/evaluate/published_rows.py), and nothing is
+clipped. The clips here are QuaRot's: better for both kinds of activations (docs/notes/0008).
 """
 
 from lowbit.recipes.quarot import CLIPS
