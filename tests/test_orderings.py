@@ -12,9 +12,12 @@ import torch
 import lowbit
 from lowbit.evaluate.perplexity import perplexity
 from lowbit.evaluate.text import manual_text, tokenize
+from lowbit.formats import QuantFormat
+from lowbit.hadamard import hadamard_matrix
 from lowbit.models.source import PACKAGED, load_source
 from lowbit.quantize import sample_windows
 from lowbit.recipes import Calibration, overridden, recipe_named
+from lowbit.rounding.grid import on_grid, weight_grid
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("orderings")]
 BLOCKS, LENGTH = 4, 256
@@ -54,6 +57,37 @@ def error(name: str, format: str, *settings: str) -> float:
 
 def test_rotation_beats_none_by_far():
     assert error("quarot-rtn", "w4a4") < 0.5 * error("rtn", "w4a4")
+
+
+@torch.no_grad()
+def test_gains_of_norms_shield_weights_from_loud_channels():
+    """Why rotations alone lose to plain rounding where only weights are quantized: the gain in
+    front of gate and up makes the residual stream's loud channels quiet, and has to be folded."""
+    model, _ = load_source(PACKAGED, torch.float32)
+    seen = {}
+    for block in model.model.layers:
+        block.mlp.gate_proj.register_forward_pre_hook(
+            lambda _module, args, block=block: seen.update({block: args[0].flatten(0, 1)})
+        )
+    model(windows("evaluation", 8)[:2], use_cache=False)
+    found = []
+    for block, x in seen.items():
+        weight, gain = block.mlp.gate_proj.weight, block.post_attention_layernorm.weight
+        rotation = hadamard_matrix(len(gain)).to(x) / len(gain) ** 0.5
+        folded = weight * gain, x / gain
+        ways = (weight, x), folded, tuple(part @ rotation for part in folded)
+        found.append([output_error(*way) for way in ways])
+    plain, folded, rotated = torch.tensor(found).mean(0).tolist()
+    print(f"relative error of gate's output: {plain:.3f}, {folded:.3f}, {rotated:.3f}")
+    assert plain < 0.75 * min(folded, rotated)
+
+
+def output_error(weight, x) -> float:
+    """Of x W^T, relative, weights to nearest at 3 bits in groups of 64."""
+    format = QuantFormat.parse("w3a16g64").weight
+    grid = weight_grid(weight, format, "weight")
+    rounded = on_grid(weight, grid.step, grid.zero_point, format)
+    return ((x @ (rounded - weight).T).square().sum() / (x @ weight.T).square().sum()).item()
 
 
 @pytest.mark.parametrize("format", ["w3a16g64-wasym", "w2a16g64-wasym"])
