@@ -97,7 +97,8 @@ def quantize(
         windows = _windows(calibration, tokenizer, recipe.calibration, seed, vocabulary)
     transforms = _useful(recipe.transforms, adapter, format)
     fitted = fit(transforms, adapter, seed, costs_on(model.device))
-    if fitted.learned:
+    learns = bool(fitted.learned) and not (format.weight is None and format.kv is None)
+    if learns:
         spec = Calibration(recipe.training.samples, recipe.training.length)
         texts = _windows(calibration, tokenizer, spec, seed, vocabulary)
     of = {}
@@ -106,7 +107,7 @@ def quantize(
     saved = Progress(resume, of)
 
     learned = {}
-    if fitted.learned:
+    if learns:
         fitted, learned = _learned(
             model, stored, fitted, recipe, format, texts, seed, progress, saved
         )

@@ -44,7 +44,8 @@ class Training:
 
     weights   how ranges of weights that are quantized in the loop too are clipped, one of
               lowbit/rounding/grid.py: for weights that will be rounded to nearest, and then in the
-              same way. None, full precision, is better for GPTQ's
+              same way. None, full precision, is better for GPTQ's; where a format quantizes weights
+              alone it is as "weight", or there would be nothing to learn from
     autocast  products in bf16, as published: several times as fast on tensor cores, and on CPUs
               that have such units
     """
@@ -65,6 +66,13 @@ class Training:
     @property
     def samples(self) -> int:
         return self.steps * self.batch
+
+    def clip_of_weights(self, format: QuantFormat) -> str | None:
+        """In the loop; None: they are in full precision there."""
+        if format.weight is None:
+            return None
+        alone = format.activation is None and format.kv is None
+        return self.weights or ("weight" if alone else None)
 
     def learn(self, model, fitted, format, clips, windows, seed, progress, saved):
         """learn_rotations: nothing in it is random, once there are windows and transforms."""
@@ -181,7 +189,7 @@ def _trainable(
                 index=index,
                 online=[turns[s] for s in reads if not adapter.spaces[s].writers],
                 activation=(grid, activation_clip),
-                weight=(format.weight, training.weights),
+                weight=(format.weight, training.clip_of_weights(format)),
             )
             block.set_submodule(name, linear)
         for space, learner in turns.items():

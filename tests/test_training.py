@@ -112,11 +112,13 @@ def test_the_gradient_of_a_range_that_ends_at_zero_is_finite(row):
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("clip", ["none", "weight"])
+@pytest.mark.parametrize("clip", ["none", "weight", None])
 def test_weights_in_the_loop_are_those_that_will_be_rounded(clip):
-    """A twin that has not learned anything yet has the logits of the model rounded to nearest."""
+    """A twin that has not learned anything yet has the logits of the model rounded to nearest: with
+    no clip named too, where there is nothing else to learn from."""
     still = replace(SHORT, steps=1, lr=1e-9, weights=clip, autocast=False)
-    recipe = replace(recipe_named("spinquant-rtn"), rounding=RTN(clip), training=still)
+    rounding = RTN(clip or "weight")
+    recipe = replace(recipe_named("spinquant-rtn"), rounding=rounding, training=still)
     model, format = tiny_llama(), QuantFormat(QuantFormat.parse("w4a16").weight)
     fitted = fit(recipe.transforms, adapter_for(model.config), 0)
     twin, _ = _trainable(model, fitted, list(fitted.learned.values()), still, format, (1.0, 1.0))
@@ -158,8 +160,8 @@ def test_the_model_that_learns_is_the_model(monkeypatch):
     model = tiny_llama(bias=True)
     fitted = fit(SPINQUANT, adapter_for(model.config), 0)
     rotations = [r for r in fitted.rotations if isinstance(r, LearnedRotation)]
-    off = QuantFormat(QuantFormat.parse("w4a16").weight)
-    twin, _ = _trainable(model, fitted, rotations, SHORT, off, (1.0, 1.0))
+    training = replace(SHORT, weights="weight")  # of which there are none
+    twin, _ = _trainable(model, fitted, rotations, training, QuantFormat(None), (1.0, 1.0))
     got, expected = twin(tiny_tokens()).logits, model(tiny_tokens()).logits
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
@@ -199,6 +201,12 @@ def test_learning_goes_on_after_a_kill_to_the_same_bits(tmp_path, monkeypatch):
         assert torch.equal(
             result.rotations[0].at(0).learned[0], expected.rotations[0].at(0).learned[0]
         )
+
+
+def test_where_nothing_is_quantized_nothing_is_learned():
+    recipe = replace(recipe_named("spinquant"), training=replace(SHORT, steps=10**6))
+    model = lowbit.quantize(tiny_llama(), recipe, "w16a16", tiny_tokens(4, 24), progress=False)
+    assert model.lowbit_config.report["training"] == {}
 
 
 def test_same_seed_same_rotations():
