@@ -217,7 +217,8 @@ class Executor:
         self.full.advance(block)
         targets.append(list(self.full.hidden))
         linears = tuple(n for n in self.adapter.linears if n not in self.unreached)
-        return self._problem(block, linears, index, entering, inputs, targets)
+        problem = self._problem(block, linears, index, entering, inputs, targets)
+        return replace(problem, trimmed=self.rounder.trimmed)
 
     def _problem(
         self,

@@ -205,6 +205,34 @@ def test_learned_scales_leave_fp64_logits_unchanged(bias):
     assert (after - before).abs().max() < 1e-9 * before.abs().max()
 
 
+def test_what_is_trimmed_is_the_largest_of_each_sample():
+    task = problem()
+    tensors = {name: p.detach() * 1.01 for name, p in task.block.named_parameters()}
+    samples = torch.tensor([5, 1])
+    output = task.run(task._pick(task.inputs, samples), tensors)
+    squares = (output - task._pick(task.targets[0], samples)).square().flatten(1)
+    left = squares.sort(1).values[:, : -int(0.01 * squares.shape[1])]
+    assert left.shape[1] < squares.shape[1]
+    torch.testing.assert_close(task.errors(tensors, samples), squares.sum(1))
+    trimmed = replace(task, trimmed=0.01)
+    torch.testing.assert_close(trimmed.errors(tensors, samples), left.sum(1))
+
+
+def test_a_loud_element_is_not_learned_for_once_it_is_trimmed():
+    """What no rounding mends is nearly all of the error: trimmed, the rest is learned for."""
+    found = {}
+    for trimmed in (0.0, 0.01):
+        task = problem()
+        for piece in task.targets[0]:
+            piece[:, 0, :2] += 1e3
+        rounder = AutoRound(60, 4, trimmed=trimmed)
+        seed = torch.Generator().manual_seed(0)
+        packed, _ = rounder.round_block(replace(task, trimmed=trimmed), seed, lambda _: None)
+        tensors = {f"{name}.weight": dequantize(t) for name, t in packed.items()}
+        found[trimmed] = replace(task, trimmed=0.01).all_errors(tensors).sum().item()
+    assert found[0.01] < 0.9 * found[0.0]
+
+
 @pytest.mark.parametrize("rounder", ROUNDERS, ids=NAMES)
 def test_same_seed_same_bits(rounder):
     first, second, other = (rounded(rounder, seed=seed)[1] for seed in (0, 0, 1))
@@ -386,6 +414,7 @@ def test_memory():
         (lambda: AutoRound(batch=0), "batch must be at least 1, got 0"),
         (lambda: AutoRound(learning_rate=-0.1), "learning_rate must be a positive float, got -0.1"),
         (lambda: AutoRound(minmax_learning_rate="x"), "minmax_learning_rate must be .* got 'x'"),
+        (lambda: AutoRound(trimmed=0.2), "trimmed must be in 0..0.1, got 0.2"),
         (lambda: OmniQuant(epochs=0), "epochs must be at least 1, got 0"),
         (lambda: OmniQuant(scale_learning_rate=0.0), "scale_learning_rate must be .* got 0.0"),
         (

@@ -21,6 +21,8 @@ from lowbit.formats import IntFormat
 from lowbit.rounding.block import BlockProblem, BlockRounder, LearnedBlock
 from lowbit.rounding.learned import Simulated, simulate
 
+MOST_TRIMMED = 0.1  # of the elements of an output
+
 
 @dataclass(frozen=True)
 class AutoRound(BlockRounder):
@@ -34,6 +36,11 @@ class AutoRound(BlockRounder):
     minmax_learning_rate  of low and high; None: that of V
     autocast              products of a step in bf16, as the authors have them: the same errors in
                           three fifths of the time on a CPU with such units
+    trimmed               share of the elements of a sample's output that count for nothing, those
+                          furthest off: 0.001 in SignRoundV2 (Cheng et al. 2025, arXiv 2512.04746),
+                          of a batch there. A token with massive activations has nearly all of a
+                          block's error else, and few samples have few such tokens: see
+                          docs/notes/0008
     """
 
     steps: int = 200
@@ -42,6 +49,7 @@ class AutoRound(BlockRounder):
     learning_rate: float | None = None
     minmax_learning_rate: float | None = None
     autocast: bool = True
+    trimmed: float = 0.0
     keeps_best = True
 
     def __post_init__(self):
@@ -50,6 +58,8 @@ class AutoRound(BlockRounder):
         for name in ("learning_rate", "minmax_learning_rate"):
             if getattr(self, name) is not None:
                 check_rate(name, getattr(self, name))
+        if not 0 <= self.trimmed <= MOST_TRIMMED:
+            raise InputError(f"trimmed must be in 0..{MOST_TRIMMED}, got {self.trimmed}")
 
     @property
     def streams(self) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ class BlockProblem:
     inputs   pieces fp32 [samples, length, hidden], all but the last of the same size: of the
              samples of this process
     targets  each the pieces of an output that is wanted
+    trimmed  share of the elements of a sample's output, those furthest off, that do not count
     """
 
     block: nn.Module
@@ -63,6 +64,7 @@ class BlockProblem:
     run: Callable[[Tensor, Tensors], Tensor]
     inputs: list[Tensor]
     targets: list[list[Tensor]]
+    trimmed: float = 0.0
 
     @cached_property
     def samples(self) -> int:
@@ -82,7 +84,7 @@ class BlockProblem:
         """Squared errors [n] of these of this process's samples, int64 [n]."""
         output = self.run(self._pick(self.inputs, samples), tensors)
         wanted = (self._pick(pieces, samples) for pieces in self.targets)
-        return sum((output - y).square().sum((1, 2)) for y in wanted)
+        return sum(self._lost((output - y).square().flatten(1)) for y in wanted)
 
     @torch.no_grad()
     def all_errors(self, tensors: Tensors) -> Tensor:
@@ -96,6 +98,14 @@ class BlockProblem:
         """What errors are relative to: the sum of squares of the targets."""
         own = sum(y.square().sum().item() for pieces in self.targets for y in pieces)
         return parallel.total(own)
+
+    def _lost(self, squares: Tensor) -> Tensor:
+        """Sums [n] of squares [n, elements], but for the largest."""
+        count = int(self.trimmed * squares.shape[1])
+        if not count:
+            return squares.sum(1)
+        largest = squares.detach().topk(count, 1, sorted=False).indices
+        return squares.scatter(1, largest, 0.0).sum(1)
 
     def _pick(self, pieces: list[Tensor], samples: Tensor) -> Tensor:
         places = (divmod(i, self.piece) for i in samples.tolist())
@@ -161,6 +171,7 @@ class BlockRounder:
                 loss is taken in units of what rounding to nearest loses on the same samples, so
                 that a batch of easy samples is no better for it
     autocast    products of a step in bf16; what is kept is compared in fp32
+    trimmed     BlockProblem's, of all errors here
     """
 
     streams: tuple[str, ...] = ("rounded", "full")
@@ -169,6 +180,7 @@ class BlockRounder:
     augmented = False
     keeps_best: ClassVar[bool]
     autocast = False
+    trimmed = 0.0
     batch: int
 
     def learned(self, problem: BlockProblem) -> LearnedBlock:
