@@ -6,8 +6,9 @@ FlatQuant (Sun et al. 2024, arXiv 2410.09426), section 3; written from the paper
 
 over the maps (lowbit/transforms/maps.py), the scales that the recipe begins with, and clips, each
 share a sigmoid: of the range of each weight group, of the inputs of each stage of linears, and of
-K and V. block_q quantizes weights, inputs, K and V, straight through for gradients; all at once,
-unlike what rounds afterwards, so that a map serves every quantizer behind it.
+K and V. Ranges of weights begin where rounding them loses least, all others nearly whole. block_q
+quantizes weights, inputs, K and V, straight through for gradients; all at once, unlike what rounds
+afterwards, so that a map serves every quantizer behind it.
 
 What is learned is compared over all samples with what it began with: the better one is kept.
 Memory, beyond what calibration holds already: 15 times the block's linear weights in fp32, a copy
@@ -201,6 +202,11 @@ class FlatBlock(LearnedBlock):
         self.places = places + ([self.adapter.attention] if format.kv else [])
         logits = (torch.tensor(FIRST_LOGIT, device=device) for _ in self.places)
         self.logits = nn.ParameterList(nn.Parameter(logit) for logit in logits)
+        tensors = dict(problem.block.named_parameters())
+        with torch.no_grad():
+            tensors |= self.transformed(tensors)
+        for name, clipping in zip(problem.linears, self.quantizers, strict=True):
+            clipping.begin(tensors[f"{name}.weight"])
 
     def install(self, index: int):
         """Put into problem.block what maps and quantizes inputs, K and V, as tensors say."""

@@ -20,15 +20,15 @@ from lowbit.recipes import overridden, recipe_named
 from lowbit.recipes.flatquant import SPACES, TRANSFORMS
 from lowbit.rounding import GPTAQ, GPTQ, HQQ, RTN, AutoRound, block, statistics_of
 from lowbit.rounding.grid import fake_quantize, weight_grid
-from lowbit.rounding.learned import Clipping, clipped_through
+from lowbit.rounding.learned import FIRST_LOGIT, Clipping, clipped_through
 from lowbit.streams import Stream
 from lowbit.transforms import FoldNorms, LearnMap, Rotate, fit
 from lowbit.transforms.maps import LearningMap
 
 CALIBRATION = tiny_tokens(16, 32, seed=9)
 W4A4KV4 = QuantFormat.parse("w4a4kv4")
-QUICK = ("flattening.epochs=1", "flattening.batch=4", "flattening.learning_rate=0.02")
-LONGER = ("flattening.epochs=12", *QUICK[1:])
+QUICK = ("flattening.epochs=4", "flattening.batch=4", "flattening.learning_rate=0.02")
+LONGER = ("flattening.epochs=12", "flattening.batch=4", "flattening.learning_rate=0.05")
 # (hidden, intermediate, heads, kv heads)
 SHAPES = {"grouped": (64, 96, 4, 2), "9 heads": (36, 60, 9, 3), "a prime MLP": (48, 67, 3, 3)}
 
@@ -128,9 +128,26 @@ def test_a_clip_in_the_loop_is_that_of_the_quantizer(symmetric):
     assert clip.grad.abs() > 0.1
 
 
+@pytest.mark.parametrize("format", ["w3a16g32", "w3a16g32-wasym", "w2a8g32-wtwolevel", "w4a4"])
+def test_ranges_begin_at_those_of_least_weight_error(format):
+    format = QuantFormat.parse(format).weight
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) ** 3
+    weight[3] = 0
+    clipping = Clipping(weight, format)
+    whole = (clipping(weight).values - weight).square().sum()
+    clipping.begin(weight)
+    share, searched = clipping.high.sigmoid(), weight_grid(weight, format, "weight").step
+    exact = searched / weight_grid(weight, format).step
+    assert share.isfinite().all() and share.max() <= torch.tensor(FIRST_LOGIT).sigmoid()
+    shrunk = exact < 0.98
+    assert shrunk.sum() > 20
+    torch.testing.assert_close(share[shrunk], exact[shrunk])
+    assert (clipping(weight).values - weight).square().sum() < whole
+
+
 def test_the_error_in_the_report_is_that_of_the_packed_block():
     """Maps, scales and every clip in the loop were those that run; no code path is shared."""
-    clips = "flattening.clip_learning_rate=1.0"  # far from where they start
+    clips = "flattening.clip_learning_rate=0.2"  # far from where they start
     model = quantized("flatquant-rtn", "w4a4kv4", *QUICK, clips, num_layers=1, bias=True)
     float_model = tiny_llama(num_layers=1, bias=True)
     found = model.lowbit_config.report["blocks"]["0"]
@@ -145,7 +162,7 @@ def test_the_error_in_the_report_is_that_of_the_packed_block():
 
 def test_a_block_comes_much_nearer_than_at_the_start_and_than_quarots(longer):
     for found in longer.lowbit_config.report["blocks"].values():
-        assert found["error"] < 0.7 * found["start_error"]
+        assert found["error"] < 0.8 * found["start_error"]
         assert max(found["conditions"].values()) < 1e4
     tokens, expected = tiny_tokens(), tiny_llama(num_layers=1)(tiny_tokens()).logits
     models = {"flat": longer, "quarot": quantized("quarot-rtn", num_layers=1)}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn, stack
 
 from lowbit.formats import IntFormat
-from lowbit.rounding.grid import WeightGrid, fake_quantize, grid_of_ends
+from lowbit.rounding.grid import WeightGrid, fake_quantize, grid_of_ends, weight_grid
 
 FIRST_LOGIT = 4.0  # of a share that is learned: sigmoid(4) = 0.982, nearly the whole range
 
@@ -124,6 +124,17 @@ class Clipping(nn.Module):
         groups = (len(weight), format.num_groups(weight.shape[1]))
         self.high = nn.Parameter(weight.new_full(groups, FIRST_LOGIT))
         self.low = None if format.symmetric else nn.Parameter(self.high.detach().clone())
+
+    @torch.no_grad()
+    def begin(self, weight: Tensor):
+        """At the ranges of least weight error, where those are no wider than FIRST_LOGIT's."""
+        step = weight_grid(weight, self.format, "weight").step
+        share = step / weight_grid(weight, self.format).step
+        widest = torch.full_like(share, FIRST_LOGIT).sigmoid()
+        logit = torch.minimum(share, widest).logit()
+        for shares in (self.high, self.low):
+            if shares is not None:
+                shares.copy_(logit)
 
     def forward(self, weight: Tensor) -> Simulated:
         low = None if self.low is None else self.low.sigmoid()
