@@ -217,8 +217,7 @@ class Executor:
         self.full.advance(block)
         targets.append(list(self.full.hidden))
         linears = tuple(n for n in self.adapter.linears if n not in self.unreached)
-        problem = self._problem(block, linears, index, entering, inputs, targets)
-        return replace(problem, trimmed=self.rounder.trimmed)
+        return self._problem(block, linears, index, entering, inputs, targets)
 
     def _problem(
         self,

@@ -27,7 +27,7 @@ from lowbit.errors import InputError
 from lowbit.formats import IntFormat, QuantFormat
 from lowbit.learning_attention import QuantizedKV, attend_through
 from lowbit.progress import Progress
-from lowbit.rounding.grid import check_clip, weight_grid
+from lowbit.rounding.grid import check_clip, clipped_share
 from lowbit.rounding.learned import clipped_through, simulate
 from lowbit.transforms import FittedTransforms, Rotation
 from lowbit.transforms.cayley import CayleySGD
@@ -253,8 +253,7 @@ class _LearningLinear(nn.Module):
 
     def _rounded(self, weight: Tensor, format: IntFormat, clip: str) -> Tensor:
         if self.share is None:
-            exact = weight.detach()
-            self.share = weight_grid(exact, format, clip).step / weight_grid(exact, format).step
+            self.share = clipped_share(weight.detach(), format, clip)
         low = None if format.symmetric else self.share
         return simulate(weight, format, self.share, low).values
 

@@ -28,7 +28,7 @@ from lowbit.transforms.maps import LearningMap
 CALIBRATION = tiny_tokens(16, 32, seed=9)
 W4A4KV4 = QuantFormat.parse("w4a4kv4")
 QUICK = ("flattening.epochs=4", "flattening.batch=4", "flattening.learning_rate=0.02")
-LONGER = ("flattening.epochs=12", "flattening.batch=4", "flattening.learning_rate=0.05")
+LONGER = ("flattening.epochs=24", "flattening.batch=4", "flattening.learning_rate=0.05")
 # (hidden, intermediate, heads, kv heads)
 SHAPES = {"grouped": (64, 96, 4, 2), "9 heads": (36, 60, 9, 3), "a prime MLP": (48, 67, 3, 3)}
 
@@ -162,12 +162,12 @@ def test_the_error_in_the_report_is_that_of_the_packed_block():
 
 def test_a_block_comes_much_nearer_than_at_the_start_and_than_quarots(longer):
     for found in longer.lowbit_config.report["blocks"].values():
-        assert found["error"] < 0.8 * found["start_error"]
+        assert found["error"] < 0.7 * found["start_error"]
         assert max(found["conditions"].values()) < 1e4
     tokens, expected = tiny_tokens(), tiny_llama(num_layers=1)(tiny_tokens()).logits
     models = {"flat": longer, "quarot": quantized("quarot-rtn", num_layers=1)}
     errors = {name: (model(tokens).logits - expected).norm() for name, model in models.items()}
-    assert errors["flat"] < 0.9 * errors["quarot"]
+    assert errors["flat"] < 0.85 * errors["quarot"]
 
 
 @pytest.mark.parametrize("recipe", ["flatquant", "flatquant-gptaq"])

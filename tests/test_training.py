@@ -169,8 +169,8 @@ def test_the_model_that_learns_is_the_model(monkeypatch):
 def test_learning_lowers_the_loss_and_spares_the_model():
     model = tiny_llama()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    _, report = learned(model, SPINQUANT, replace(SHORT, steps=40, batch=4))  # one batch, again
-    assert report["last_loss"] < report["first_loss"] - 0.03 and len(report["losses"]) == 40
+    _, report = learned(model, SPINQUANT, replace(SHORT, steps=80, batch=4))  # one batch, again
+    assert report["last_loss"] < report["first_loss"] - 0.05 and len(report["losses"]) == 80
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

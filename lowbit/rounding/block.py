@@ -20,7 +20,7 @@ attention may add in any order.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -206,6 +206,7 @@ class BlockRounder:
 
         `show` is told how it goes.
         """
+        problem = replace(problem, trimmed=self.trimmed)
         weights = {name: problem.block.get_submodule(name).weight for name in problem.linears}
         nearest = {name: RTN().round(w, problem.format)[0] for name, w in weights.items()}
         rtn = problem.all_errors({f"{n}.weight": dequantize(t) for n, t in nearest.items()})

@@ -74,6 +74,11 @@ def weight_grid(
     return two_levels(scale) if format.two_level else WeightGrid(scale, zero_point)
 
 
+def clipped_share(weight: Tensor, format: IntFormat, clip: str) -> Tensor:
+    """[N, G] of the whole ranges of weight [N, K] that a clip without a Hessian leaves."""
+    return weight_grid(weight, format, clip).step / weight_grid(weight, format).step
+
+
 def grid_of_ends(ends: Tensor, format: IntFormat) -> WeightGrid:
     """The grid of groups of which only the ends of their ranges are given, [N, G] or [N, 2 G]."""
     if format.group_size is not None:

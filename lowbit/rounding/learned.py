@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn, stack
 
 from lowbit.formats import IntFormat
-from lowbit.rounding.grid import WeightGrid, fake_quantize, grid_of_ends, weight_grid
+from lowbit.rounding.grid import WeightGrid, clipped_share, fake_quantize, grid_of_ends
 
 FIRST_LOGIT = 4.0  # of a share that is learned: sigmoid(4) = 0.982, nearly the whole range
 
@@ -128,8 +128,7 @@ class Clipping(nn.Module):
     @torch.no_grad()
     def begin(self, weight: Tensor):
         """At the ranges of least weight error, where those are no wider than FIRST_LOGIT's."""
-        step = weight_grid(weight, self.format, "weight").step
-        share = step / weight_grid(weight, self.format).step
+        share = clipped_share(weight, self.format, "weight")
         widest = torch.full_like(share, FIRST_LOGIT).sigmoid()
         logit = torch.minimum(share, widest).logit()
         for shares in (self.high, self.low):
