@@ -246,7 +246,8 @@ class _LearningLinear(nn.Module):
                 bias = space.rewritten(bias, turned)
         format, clip = self.weight_quantizer
         if clip is not None:
-            weight = self._rounded(weight.float(), format, clip)
+            with torch.autocast(x.device.type, enabled=False):  # as they will be rounded: in fp32
+                weight = self._rounded(weight.float(), format, clip)
         for learner in online:
             x = learner.turn(x, self.index)
         return F.linear(_quantized(x, *self.activation), weight, bias)

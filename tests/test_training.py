@@ -127,6 +127,16 @@ def test_weights_in_the_loop_are_those_that_will_be_rounded(clip):
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("format", ["w3a16g32", "w3a16g32-wasym", "w4a4kv4g32"])
+def test_ranges_of_groups_are_searched_where_products_are_in_bf16(format):
+    """Their scales are fp16, which autocast to bf16 does not let be put together on a CPU."""
+    recipe = replace(recipe_named("spinquant-rtn"), training=replace(SHORT, weights="weight"))
+    assert recipe.training.autocast
+    tokens = tiny_tokens(4, 24)
+    model = lowbit.quantize(tiny_llama(), recipe, QuantFormat.parse(format), tokens, progress=False)
+    assert model(tokens).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("local, hidden", [(None, Rotate), (16, LearnRotation)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_learned_rotations_leave_fp64_logits_unchanged(local, hidden, bias):
