@@ -203,8 +203,8 @@ def _plan(case: Case, device: torch.device) -> str:
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     try:
         launch = cuda.launch()
-    except RuntimeError:  # not built for this Python, which the kernels do not need
-        return ""
+    except RuntimeError as error:  # not built for this Python, which the kernels do not need
+        return f"unknown: {reason_of(error)}"
     return launch.plan(case.op.name, list(case.plan), cuda.sm(device), num_sms)
 
 

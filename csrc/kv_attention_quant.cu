@@ -178,7 +178,8 @@ std::tuple<Tensor, Tensor, Tensor> kv_attention_quant(
   return {out.codes, out.scales, out.zero_points};
 }
 
-const bool kRegistered = register_rotation_tiles<Kernels>("kv_attention_quant");
+const bool kRegistered =
+    register_rotation_tiles<Kernels>("kv_attention_quant", kLongestSum, kMostThreads);
 
 }  // namespace
 }  // namespace lowbit

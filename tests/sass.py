@@ -82,6 +82,17 @@ def sass(library: Path, architecture: str, kernel: str) -> str:
     return "\n".join(found)
 
 
+@functools.cache
+def most_threads(library: Path, architecture: str) -> dict[str, int]:
+    """A block's, as every kernel's launch bounds have them, by its demangled name."""
+    text = cuobjdump("-elf", "-arch", f"sm_{architecture}", library)
+    parts = re.split(r"^\.nv\.info\.(\S+)$", text, flags=re.M)[1:]
+    bounds = re.compile(r"EIATTR_MAX_THREADS\s+Format:\s+\S+\s+Value:\s+(0x[0-9a-f]+) 0x1 0x1")
+    names = demangled("\n".join(parts[::2])).splitlines()
+    found = [int(bounds.search(info)[1], 16) for info in parts[1::2]]
+    return dict(zip(names, found, strict=True))
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What ptxas said of a kernel for one architecture; bytes are a thread's."""

@@ -329,6 +329,19 @@ def test_every_kernel_is_registered(registered):
 
 
 @pytest.mark.slow
+def test_blocks_are_registered_with_the_threads_they_are_compiled_for(registered):
+    """More would not launch; fewer would have the compiler spare registers for nobody."""
+    given, compiled = {}, {}
+    for kernel in registered:
+        given.setdefault(kernel.op.decode(), set()).add(kernel.threads)
+    for name, threads in sass.most_threads(sass.built()[0], "90a").items():
+        function = re.search(r"(\w+)_kernel\b", name)[1]
+        op = max((op for op in given if function.startswith(op)), key=len)
+        compiled.setdefault(op, set()).add(threads)
+    assert given == compiled
+
+
+@pytest.mark.slow
 def test_loads_on_this_torch_and_holds_every_op():
     """In a process of its own, where lowbit's own library is not loaded."""
     ops = [name for name, op in OPS.items() if op.backends["cuda"].target]

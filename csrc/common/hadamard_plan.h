@@ -99,8 +99,8 @@ std::optional<RotationPlan> plan_rotation(int length, int order, int inner, int 
 
 // Of the longest row in the columns that leave the widest gaps, as far as a block can have it.
 template <class Tile>
-int largest_smem_bytes() {
-  const int longest = std::min(Tile::kLongest, kLongestRow);
+int largest_smem_bytes(int longest) {
+  longest = std::min(Tile::kLongest, longest);
   int slots = pitch_of(longest);
   if constexpr (Tile::kM > 0) {
     for (int columns = kVector; columns <= longest / 2; columns += kVector) {
@@ -110,15 +110,17 @@ int largest_smem_bytes() {
   return std::min(kRowOffset + slots * 16, kLargestSmem);
 }
 
-// Registers Kernels::of<Tile>() of every tile.
+// Registers Kernels::of<Tile>() of every tile, for rows up to `longest` and blocks of
+// `most_threads`.
 template <class Kernels>
-bool register_rotation_tiles(const char* op) {
-#define LOWBIT_VISIT(m, n, units, threads)                                                       \
-  {                                                                                              \
-    using Tile = RotationTile<m, n, units, threads>;                                             \
-    const auto kernel = Kernels::template of<Tile>();                                            \
-    register_kernel({op, #m "x" #n "_" #threads, reinterpret_cast<const void*>(kernel), threads, \
-                     largest_smem_bytes<Tile>(), 80, 120});                                      \
+bool register_rotation_tiles(const char* op, int longest = kLongestRow, int most_threads = 1024) {
+#define LOWBIT_VISIT(m, n, units, threads)                                                   \
+  {                                                                                          \
+    using Tile = RotationTile<m, n, units, threads>;                                         \
+    const auto kernel = Kernels::template of<Tile>();                                        \
+    register_kernel({op, #m "x" #n "_" #threads, reinterpret_cast<const void*>(kernel),      \
+                     std::min(threads, most_threads), largest_smem_bytes<Tile>(longest), 80, \
+                     120});                                                                  \
   }
   LOWBIT_ROTATION_TILES(LOWBIT_VISIT)
 #undef LOWBIT_VISIT
