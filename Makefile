@@ -81,8 +81,8 @@ table: $(READY)
 # Of what is learned a small part of the published steps, at higher rates where these allow it.
 METHODS := rtn hqq gptq gptaq qronos smoothquant os+ autoround omniquant omniquant-let quarot-rtn \
     quarot quarot-gptaq quarot-qronos dartquant flatquant-rtn flatquant flatquant-gptaq
-BRIEFLY := rounding.steps=50 rounding.epochs=2 flattening.epochs=1 flattening.batch=1 \
-    flattening.learning_rate=0.05 flattening.clip_learning_rate=0.2
+BRIEFLY := rounding.steps=50 rounding.trimmed=0.001 rounding.epochs=2 flattening.epochs=1 \
+    flattening.batch=1 flattening.learning_rate=0.05 flattening.clip_learning_rate=0.2
 SEARCHED := awq
 SEARCHED_BRIEFLY := $(foreach i,0 1 2 3,transforms.$(i).fit.tokens=2048)
 TRAINED := spinquant-rtn spinquant duarot-rtn duarot

@@ -175,8 +175,8 @@ class Executor:
 
     @torch.no_grad()
     def _flatten(self, block: nn.Module, index: int) -> tuple[Flat, dict[str, WeightGrid], list]:
-        """What is learned of a block, linear -> grid of its weight, and handles of hooks for what
-        is online; the rest is fused."""
+        """What is learned of a block, linear -> grid of its weight where the rounder takes those
+        learned, and handles of hooks for what is online; the rest is fused."""
         if self.recipe.flattening is None:
             return Flat(), {}, []
         inputs = list(self.full.hidden)
@@ -200,6 +200,8 @@ class Executor:
             )
         self.show(f"block error {report['error']:.4f}, at first {report['start_error']:.4f}")
         handles = flat.put_into(block, self.adapter)
+        if self.rounder.clip != "none":  # it finds its own
+            return flat, {}, handles
         grids = {
             name: share_of(block.get_submodule(name).weight).grid
             for name, share_of in zip(self.adapter.linears, ranges, strict=True)

@@ -8,7 +8,8 @@ over the maps (lowbit/transforms/maps.py), the scales that the recipe begins wit
 share a sigmoid: of the range of each weight group, of the inputs of each stage of linears, and of
 K and V. Ranges of weights begin where rounding them loses least, all others nearly whole. block_q
 quantizes weights, inputs, K and V, straight through for gradients; all at once, unlike what rounds
-afterwards, so that a map serves every quantizer behind it.
+afterwards, so that a map serves every quantizer behind it. Where the rounder's clip is "none",
+weights are rounded on the ranges learned here; else it finds its own behind the maps.
 
 What is learned is compared over all samples with what it began with: the better one is kept.
 Memory, beyond what calibration holds already: 15 times the block's linear weights in fp32, a copy
@@ -26,8 +27,16 @@ from lowbit.errors import InputError
 from lowbit.formats import IntFormat, QuantFormat
 from lowbit.learning_attention import BEFORE, QuantizedKV, attend_through
 from lowbit.models import Adapter
-from lowbit.rounding.autoround import check_count, check_rate
-from lowbit.rounding.block import BlockProblem, LearnedBlock, Tensors, batches, learn
+from lowbit.rounding.block import (
+    BlockProblem,
+    LearnedBlock,
+    Tensors,
+    batches,
+    check_count,
+    check_rate,
+    check_trimmed,
+    learn,
+)
 from lowbit.rounding.learned import FIRST_LOGIT, Clipping, clipped_through
 from lowbit.transforms import FittedTransforms, Map, OnlineTransform
 from lowbit.transforms.channels import fuse_scale
@@ -97,6 +106,8 @@ class Flattening:
     learning_rate       of maps and scales; like the next one it falls by cosine
     clip_learning_rate  of the logits of clips
     condition           largest condition number of a factor of a map
+    trimmed             share of the elements of a sample's output that count for nothing, those
+                        furthest off, as of AutoRound; the publication has none
     """
 
     epochs: int = 15
@@ -104,6 +115,7 @@ class Flattening:
     learning_rate: float = 5e-3
     clip_learning_rate: float = 5e-2
     condition: float = 100.0
+    trimmed: float = 0.0
 
     def __post_init__(self):
         for name in ("epochs", "batch"):
@@ -112,6 +124,7 @@ class Flattening:
             check_rate(name, getattr(self, name))
         if not 1 <= self.condition <= 1e4:
             raise InputError(f"condition must be in 1..10000, got {self.condition}")
+        check_trimmed(self.trimmed)
 
     def fit(
         self,
@@ -133,6 +146,7 @@ class Flattening:
             stopped      the step whose loss was not finite, where learning ended; else absent
             conditions   space -> condition number of its map
         """
+        problem = replace(problem, trimmed=self.trimmed)
         flat = FlatBlock(problem, fitted, format, self.condition)
         flat.install(index)
         start = self._errors(flat)

@@ -225,8 +225,8 @@ def test_a_loud_element_is_not_learned_for_once_it_is_trimmed():
         task = problem()
         for piece in task.targets[0]:
             piece[:, 0, :2] += 1e3
-        rounder = AutoRound(60, 4, trimmed=trimmed)
         seed = torch.Generator().manual_seed(0)
+        rounder = AutoRound(60, 4, trimmed=trimmed)
         packed, _ = rounder.round_block(task, seed, lambda _: None)
         tensors = {f"{name}.weight": dequantize(t) for name, t in packed.items()}
         found[trimmed] = replace(task, trimmed=0.01).all_errors(tensors).sum().item()

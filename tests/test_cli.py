@@ -204,6 +204,12 @@ def test_a_table_goes_on_from_its_file(capsys, tmp_path, source, text, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("lowbit.evaluate.table.quantize", None)
         assert in_process(capsys, *both)[:2] == (0, out)
+        before = [json.loads(line) for line in rows.read_text().splitlines()]
+        assert before[2]["fields"].pop("rounding.damp") == "0.01"  # as of before this was a field
+        rows.write_text("".join(json.dumps(line) + "\n" for line in before))
+        assert in_process(capsys, *both)[:2] == (0, out)
+        with pytest.raises(TypeError):  # quantize is patched out
+            in_process(capsys, *both, "--set", "rounding.damp=0.3")
     in_process(capsys, *both, "--set", "rounding.damp=0.3", "--seed", 1)  # other conditions
     assert len(rows.read_text().splitlines()) == 6
     rows.write_text("nonsense\n")

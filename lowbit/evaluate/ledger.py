@@ -6,7 +6,7 @@ from pathlib import Path
 from lowbit.evaluate.lines import Lines
 from lowbit.evaluate.perplexity import Perplexity
 from lowbit.evaluate.rows import Cost, Found, Result, Row
-from lowbit.recipes import Recipe, settings_of
+from lowbit.recipes import RECIPES, Recipe, settings_of
 
 FULL = "full"  # in place of a recipe's name
 
@@ -42,8 +42,16 @@ class Ledger:
         self._add(recipe.name, _fields(recipe), row.format, kept)
 
     def _find(self, recipe: str, fields: dict[str, str], format: str) -> dict | None:
-        wanted = {"of": self.of, "recipe": recipe, "fields": fields, "format": format}
-        return Lines(self.path).find(wanted)
+        """The last line. One of before a field was there had what the recipe has by default."""
+        wanted = {"of": self.of, "recipe": recipe, "format": format}
+        usual = _fields(RECIPES[recipe]) if recipe in RECIPES else {}
+        absent = {name: usual[name] for name in fields.keys() & usual.keys()}
+        found = [
+            line
+            for line in Lines(self.path).read()
+            if wanted.items() <= line.items() and absent | line["fields"] == fields
+        ]
+        return found[-1] if found else None
 
     def _add(self, recipe: str, fields: dict[str, str], format: str, measured: dict):
         line = {"of": self.of, "recipe": recipe, "fields": fields, "format": format, **measured}

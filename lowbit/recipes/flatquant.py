@@ -4,7 +4,9 @@ Sun et al. 2024, arXiv 2410.09426; written from the paper. A Kronecker map runs 
 and v, before gate and up, and before down; one across heads before o; values have a map that is
 fused. Norms are not folded. Channel scales begin as SmoothQuant's with alpha 0.3 and are fused.
 Queries and keys share one rotation, a Hadamard matrix: the paper learns a map and its inverse,
-which the op that fills the cache, with one matrix for both, does not run.
+which the op that fills the cache, with one matrix for both, does not run. Weights are rounded on
+the ranges that were learned; rounding.clip="weight" searches new ones behind the maps, which at 3
+bits in groups was better (docs/notes/0008-methods.md).
 """
 
 from dataclasses import replace
@@ -26,7 +28,7 @@ FLATQUANT = Recipe(
     name="flatquant",
     summary="learned maps in front of every linear and learned clips, GPTQ weights",
     source="Sun et al. 2024, arXiv 2410.09426",
-    rounding=GPTQ(),
+    rounding=GPTQ(clip="none"),
     transforms=TRANSFORMS,
     flattening=Flattening(),
 )
@@ -43,5 +45,5 @@ FLATQUANT_GPTAQ = replace(
     name="flatquant-gptaq",
     summary="learned maps in front of every linear and learned clips, GPTAQ weights",
     source=f"{FLATQUANT.source}; Li et al. 2025, arXiv 2504.02692",
-    rounding=GPTAQ(),
+    rounding=GPTAQ(clip="none"),
 )

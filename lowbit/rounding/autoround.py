@@ -16,12 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
-from lowbit.errors import InputError
 from lowbit.formats import IntFormat
-from lowbit.rounding.block import BlockProblem, BlockRounder, LearnedBlock
+from lowbit.rounding.block import (
+    BlockProblem,
+    BlockRounder,
+    LearnedBlock,
+    check_count,
+    check_rate,
+    check_trimmed,
+)
 from lowbit.rounding.learned import Simulated, simulate
-
-MOST_TRIMMED = 0.1  # of the elements of an output
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,7 @@ class AutoRound(BlockRounder):
         for name in ("learning_rate", "minmax_learning_rate"):
             if getattr(self, name) is not None:
                 check_rate(name, getattr(self, name))
-        if not 0 <= self.trimmed <= MOST_TRIMMED:
-            raise InputError(f"trimmed must be in 0..{MOST_TRIMMED}, got {self.trimmed}")
+        check_trimmed(self.trimmed)
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -114,13 +117,3 @@ class _Rounding(nn.Module):
         for share in (self.high, self.low):
             if share is not None:
                 share.clamp_(0, 1)
-
-
-def check_count(name: str, value: int):
-    if value < 1:
-        raise InputError(f"{name} must be at least 1, got {value}")
-
-
-def check_rate(name: str, value: float):
-    if not isinstance(value, float) or not value > 0:
-        raise InputError(f"{name} must be a positive float, got {value!r}")

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lowbit import parallel
+from lowbit.errors import InputError
 from lowbit.formats import IntFormat, PackedTensor
 from lowbit.models.spaces import Space
 from lowbit.ops import dequantize
@@ -38,6 +39,7 @@ from lowbit.rounding.rtn import RTN, packed_weight
 from lowbit.transforms.channels import fuse_scale, scaled_tensors
 
 Tensors = dict[str, Tensor]  # by their names in the block
+MOST_TRIMMED = 0.1  # of the elements of an output
 
 
 @dataclass(frozen=True)
@@ -320,3 +322,18 @@ def batches(count: int, batch: int, steps: int, generator: torch.Generator) -> I
             order = torch.randperm(count, generator=generator)[:whole].split(batch)
         yield order[0]
         order = order[1:]
+
+
+def check_count(name: str, value: int):
+    if value < 1:
+        raise InputError(f"{name} must be at least 1, got {value}")
+
+
+def check_rate(name: str, value: float):
+    if not isinstance(value, float) or not value > 0:
+        raise InputError(f"{name} must be a positive float, got {value!r}")
+
+
+def check_trimmed(value: float):
+    if not 0 <= value <= MOST_TRIMMED:
+        raise InputError(f"trimmed must be in 0..{MOST_TRIMMED}, got {value}")

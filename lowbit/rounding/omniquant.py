@@ -16,8 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from lowbit.errors import InputError
-from lowbit.rounding.autoround import check_count, check_rate
-from lowbit.rounding.block import BlockProblem, BlockRounder, LearnedBlock
+from lowbit.rounding.block import (
+    BlockProblem,
+    BlockRounder,
+    LearnedBlock,
+    check_count,
+    check_rate,
+)
 from lowbit.rounding.learned import Clipping
 
 
